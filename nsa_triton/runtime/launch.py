@@ -1,0 +1,35 @@
+"""A kernel launch as a value: the same one is executed on a device, run on the CPU, or only compiled for a chip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa_triton.runtime.executors import Argument, executor_for
+from nsa_triton.runtime.target import Target
+
+if TYPE_CHECKING:
+    from nsa_triton.ascend.lower import Specialization
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any  # a triton JITFunction
+    programs: int
+    arguments: Mapping[str, Argument]  # in the order of the kernel's parameters
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the target that the launch was planned for
+
+    def run(self, target: Target, device: torch.device) -> None:
+        executor_for(target, device).launch(
+            self.kernel, self.programs, self.arguments, self.constexprs, self.options
+        )
+
+    def specialization(self) -> Specialization:
+        """What the Ascend compiler needs to know of it; tensors may be meta tensors."""
+        from nsa_triton.ascend.lower import Specialization, signature_of
+
+        return Specialization(self.kernel, signature_of(self.arguments), dict(self.constexprs))

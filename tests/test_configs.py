@@ -1,0 +1,146 @@
+"""autotune_configs: every shipped file obeys the schema, look-up is what the README says, bad files are refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import jsonschema
+import pytest
+
+from nsa_triton.errors import ConfigError
+from nsa_triton.runtime.configs import config_root, load, lookup
+from nsa_triton.runtime.target import Target
+
+FILES = sorted(config_root().glob("*/*.json"))
+CHIP = Target("npu", "AscendTest", 48, 24)
+
+
+def entry(**changes):
+    plain = {
+        "kernel": "k",
+        "key": {},
+        "length": 0,
+        "tiles": {"BT": 64},
+        "options": {},
+        "evidence": {"how": "default"},
+    }
+    return {**plain, **changes}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A config folder of our own; `write` puts entries for one target into it."""
+    monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(tmp_path))
+
+    def write(target, *entries, **changes):
+        place = tmp_path / target
+        place.mkdir(exist_ok=True)
+        content = {"schema": 1, "op": "op", "target": target, "entries": list(entries), **changes}
+        (place / "op.json").write_text(json.dumps(content))
+        load.cache_clear()
+
+    return write
+
+
+def find(length=100, tiles=("BT",), **key):
+    return lookup("op", "k", CHIP, key, length, tiles)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_shipped_file_obeys_the_schema_and_loads(file):
+    jsonschema.validate(json.loads(file.read_text()), json.loads((config_root() / "schema.json").read_text()))
+    assert load(file)
+
+
+def test_there_are_defaults():
+    assert config_root() / "default" / "compress.json" in FILES
+
+
+def test_the_targets_own_file_comes_first(folder):
+    folder("default", entry(tiles={"BT": 16}))
+    assert find().tiles == {"BT": 16}
+
+
+def test_own_entry_wins_over_default(folder):
+    folder("default", entry(tiles={"BT": 16}))
+    folder("AscendTest", entry(tiles={"BT": 32}, key={"D": 64}))
+    assert find(D=64).tiles == {"BT": 32}
+    assert find(D=128).tiles == {"BT": 16}
+
+
+def test_largest_length_not_above_the_request(folder):
+    folder("default", *(entry(length=length, tiles={"BT": tile}) for length, tile in ((0, 16), (1024, 32), (4096, 48))))
+    found = [find(length=length).tiles["BT"] for length in (0, 1023, 1024, 4095, 4096, 10**6)]
+    assert found == [16, 16, 32, 32, 48, 48]
+
+
+def test_first_of_equals_and_upper_bounds(folder):
+    folder("default", *(entry(key={"L": {"max": top}}, tiles={"BT": top}) for top in (16, 32, 64)))
+    assert [find(L=value).tiles["BT"] for value in (16, 17, 32, 33, 64)] == [16, 32, 32, 64, 64]
+    with pytest.raises(ConfigError, match=r"no config for k with key \{'L': 65\}"):
+        find(L=65)
+
+
+def test_falling_back_to_default_is_said_once(folder, caplog):
+    folder("default", entry())
+    with caplog.at_level(logging.INFO, logger="nsa_triton"):
+        find(D=1)
+        find(D=2)
+    assert [record.message for record in caplog.records if "no tuned config for AscendTest" in record.message] != []
+    assert len(caplog.records) == 1
+
+
+def test_tiles_must_be_those_of_the_kernel(folder):
+    folder("default", entry(tiles={"BT": 64, "BX": 64}))
+    with pytest.raises(ConfigError, match="expected the tiles BT, got BT, BX"):
+        find()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tiles": {"BT": 24}}, r"tiles.BT: expected a multiple of 16 in \[16, 4096\], got 24"),
+        ({"tiles": {"BT": 0}}, "got 0"),
+        ({"tiles": {"BT": 4112}}, "got 4112"),
+        ({"tiles": {"BT": True}}, "got True"),
+        ({"tiles": {"BT": "64"}}, "got '64'"),
+        ({"tiles": []}, "tiles: expected an object"),
+        ({"key": {"L": {"min": 3}}}, r"key.L: expected a value, or \{\"max\": integer\}"),
+        ({"length": -1}, "length: expected an integer >= 0"),
+        ({"options": {"tpu": {}}}, "options.tpu"),
+        ({"evidence": {}}, "evidence.how: expected one of measured, simulated, default, got None"),
+        ({"evidence": {"how": "guessed"}}, "got 'guessed'"),
+        ({"kernel": 3}, "kernel: expected a name"),
+        ({"surprise": 1}, "fields: expected"),
+    ],
+)
+def test_illegal_entries_are_refused(folder, changes, message):
+    folder("default", entry(), entry(**changes))
+    with pytest.raises(ConfigError, match=f"entry 1: {message}|{message}"):
+        find()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected an object with schema 1"),
+        ('{"schema": 2}', "got schema 2"),
+        ('{"schema": 1, "op": "other", "target": "default", "entries": []}', "expected op 'op'"),
+        ('{"schema": 1, "op": "op", "target": "other", "entries": []}', "expected target 'default'"),
+        ('{"schema": 1, "op": "op", "target": "default", "entries": {}}', "expected a list of entries"),
+    ],
+)
+def test_broken_files_are_refused_by_name(folder, tmp_path, content, message):
+    folder("default", entry())
+    (tmp_path / "default" / "op.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        find()
+    assert "default/op.json" in str(error.value)
+
+
+def test_a_config_folder_that_does_not_exist_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no such folder"):
+        config_root()
