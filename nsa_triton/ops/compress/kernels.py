@@ -112,7 +112,7 @@ def compress_bwd_dx(
             b_w = tl.load(w + i_n * w_n + (a * S + o_s) * w_l, mask=m_w, other=0.0).to(tl.float32)
             b_p = b_g[:, None, :] * b_w[None, :, None]
             if L % S != 0:  # the last window ends inside the chunk: what lies behind it gets nothing, not 0 * inf
-                inside = o_s.to(tl.float32) < (L - a * S).to(tl.float32)  # ascendnpu-ir 1.0.0 compares i32 one by one
+                inside = o_s.to(tl.float32) < (L - a * S) * 1.0  # ascendnpu-ir 1.0.0 compares i32 tiles one by one
                 b_p = tl.where(inside[None, :, None], b_p, 0.0)
             b_dx += b_p
         p_dx = dx + (i_t * N + i_n) * D + i_d
@@ -133,7 +133,7 @@ def compress_bwd_dx(
 def compress_bwd_dw(
     g,  # [R, N, D]
     x,  # [T, N, D]
-    partial,  # [n_splits * ceil(D / BD), N, L] float32
+    partial,  # [n_splits * ceil(D / BD), L, N] float32
     tiles,  # as in compress_fwd
     n_tiles,
     n_splits,
@@ -183,27 +183,26 @@ def compress_bwd_dw(
                 # [BL, BD]
                 b_xk = rows_of(b_x, p_x + k * S * x_t, k * S, x_t, o_l, o_d, BL, BD, L, D - i_d, RESIDENT)
                 b_acc += b_xk.to(tl.float32) * b_gk.to(tl.float32)
-        p_partial = partial + ((i_split * n_blocks + i_item % n_blocks) * N + i_n) * L
-        tl.store(p_partial + o_l, tl.sum(b_acc, axis=1), mask=o_l < L)
+        p_partial = partial + (i_split * n_blocks + i_item % n_blocks) * L * N + i_n
+        tl.store(p_partial + o_l * N, tl.sum(b_acc, axis=1), mask=o_l < L)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def compress_bwd_dw_sum(
-    partial,  # [n_parts, N, L] float32
-    dw,  # [L, N]
+    partial,  # [n_parts, size] float32
+    dw,  # [size], the flattened [L, N]
     n_parts,
-    N,
-    L: tl.constexpr,
-    BL: tl.constexpr,
-    BP: tl.constexpr,  # parts summed per step
+    size,
+    BP: tl.constexpr,  # parts per step
+    BE: tl.constexpr,  # elements per item
 ):
     """Second stage of dw: the parts are added in a fixed order."""
     o_p = tl.arange(0, BP)
-    o_l = tl.arange(0, BL)
-    for i_n in range(tl.program_id(0), N, tl.num_programs(0)):
-        b_acc = tl.zeros([BP, BL], tl.float32)
+    o_e = tl.arange(0, BE)
+    for i_e in range(tl.program_id(0) * BE, size, tl.num_programs(0) * BE):
+        b_acc = tl.zeros([BP, BE], tl.float32)
         for i_p in range(0, n_parts, BP):
-            p_part = partial + (i_p * N + i_n) * L
-            m_part = (o_p < n_parts - i_p)[:, None] & (o_l < L)[None, :]
-            b_acc += tl.load(p_part + o_p[:, None] * (N * L) + o_l[None, :], mask=m_part, other=0.0)
-        tl.store(dw + o_l * N + i_n, tl.sum(b_acc, axis=0).to(dw.dtype.element_ty), mask=o_l < L)
+            m_part = (o_p < n_parts - i_p)[:, None] & (o_e < size - i_e)[None, :]
+            p_part = partial + i_p * size + i_e
+            b_acc += tl.load(p_part + o_p[:, None] * size + o_e[None, :], mask=m_part, other=0.0)
+        tl.store(dw + i_e + o_e, tl.sum(b_acc, axis=0).to(dw.dtype.element_ty), mask=o_e < size - i_e)

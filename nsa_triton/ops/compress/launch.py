@@ -21,12 +21,13 @@ from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
 
 OP = "compress"
-# The tiles that each kernel takes from autotune_configs: BT tokens, BD columns, BP partial sums per step.
+# The tiles that each kernel takes from autotune_configs: BT tokens, BD columns of a head, BP partial sums per
+# step, BE elements.
 TILES = {
     "compress_fwd": ("BT", "BD"),
     "compress_bwd_dx": ("BT", "BD"),
     "compress_bwd_dw": ("BT", "BD"),
-    "compress_bwd_dw_sum": ("BP",),
+    "compress_bwd_dw_sum": ("BP", "BE"),
 }
 # Stage one of the weight gradient is cut into about this many sums: enough for the cores of every known chip. A
 # constant, because the order of summation, and with it every bit of the result, must not depend on the machine.
@@ -131,7 +132,9 @@ class Plan:
             "RESIDENT": self.target.is_ascend_code,
         }
 
-    def launch(self, kernel: Any, items: int, arguments: dict[str, Any], constexprs: dict[str, Any], config: Config) -> Launch:
+    def launch(
+        self, kernel: Any, items: int, arguments: dict[str, Any], constexprs: dict[str, Any], config: Config
+    ) -> Launch:
         programs = self.target.programs(items)
         return Launch(kernel, programs, arguments, constexprs, config.options.get(self.target.kind, {}))
 
@@ -176,7 +179,7 @@ def plan_weight_grad(plan: Plan, g: Tensor, x: Tensor, dw: Tensor) -> tuple[Laun
     per_tile, tile = plan.window_tile(config)
     tiles = window_tiles(plan.windows, per_tile, plan.device)
     splits = max(1, min(len(tiles), DW_PARTS // (plan.heads * blocks)))
-    partial = x.new_empty((splits * blocks, plan.heads, plan.windows.length), dtype=torch.float32)
+    partial = x.new_empty((splits * blocks, *dw.shape), dtype=torch.float32)
     items = splits * plan.heads * blocks
     arguments = {
         "g": g, "x": x, "partial": partial, "tiles": tiles, "n_tiles": len(tiles), "n_splits": splits,
@@ -187,9 +190,9 @@ def plan_weight_grad(plan: Plan, g: Tensor, x: Tensor, dw: Tensor) -> tuple[Laun
     stage_one = plan.launch(kernels.compress_bwd_dw, items, arguments, constexprs, config)
 
     config = plan.config("compress_bwd_dw_sum")
-    arguments = {"partial": partial, "dw": dw, "n_parts": len(partial), "N": plan.heads}
-    constexprs = {"L": plan.windows.length, "BL": tile["BL"], "BP": config.tiles["BP"]}
-    return stage_one, plan.launch(kernels.compress_bwd_dw_sum, plan.heads, arguments, constexprs, config)
+    arguments = {"partial": partial, "dw": dw, "n_parts": len(partial), "size": dw.numel()}
+    items = -(-dw.numel() // config.tiles["BE"])
+    return stage_one, plan.launch(kernels.compress_bwd_dw_sum, items, arguments, dict(config.tiles), config)
 
 
 def with_dense_columns(tensor: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+"""Native Sparse Attention for Ascend NPUs as open Triton kernels.
+
+Importing this package needs torch and nothing else: Triton is imported when the first kernel runs, and no device is
+touched before that.
+"""
+
+from nsa_triton.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    CompileError,
+    ConfigError,
+    NsaError,
+    ToolchainError,
+)
+from nsa_triton.limits import limits
+from nsa_triton.ops.compress import nsa_compress, nsa_compress_grad
+from nsa_triton.vendor import npu_nsa_compress, npu_nsa_compress_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "CompileError",
+    "ConfigError",
+    "NsaError",
+    "ToolchainError",
+    "__version__",
+    "limits",
+    "npu_nsa_compress",
+    "npu_nsa_compress_grad",
+    "nsa_compress",
+    "nsa_compress_grad",
+]

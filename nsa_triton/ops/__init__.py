@@ -1,0 +1,1 @@
+"""One folder per operator family; the folders never import one another."""

@@ -1,0 +1,52 @@
+"""Checks of single arguments that every operator needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
+
+
+class Meta(NamedTuple):
+    """What checks look at of a tensor; hashable, so that a check is made once for each kind of call."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Meta:
+        return cls(tensor.dtype, tensor.device, tensor.shape)
+
+
+def check_tensor(argument: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentTypeError(argument, "a torch.Tensor", type(value).__name__)
+    if value.layout is not torch.strided:
+        raise ArgumentTypeError(argument, "a dense tensor", f"layout {value.layout}", "Call .to_dense()")
+
+
+def check_int(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(argument, "an int", f"{value!r} of type {type(value).__name__}")
+
+
+def check_rank(argument: str, meta: Meta, dimensions: str) -> None:
+    """`dimensions` names them, as in "[T, N, D]"."""
+    rank = dimensions.count(",") + 1
+    if len(meta.shape) != rank:
+        raise ArgumentValueError(argument, f"{rank} dimensions {dimensions}", f"shape {list(meta.shape)}")
+
+
+def check_same_dtype(argument: str, meta: Meta, other: str, like: Meta) -> None:
+    if meta.dtype != like.dtype:
+        expected = f"{like.dtype}, the dtype of {other}"
+        raise ArgumentTypeError(f"{argument}.dtype", expected, meta.dtype, "Convert one of them with .to(dtype)")
+
+
+def check_same_device(argument: str, meta: Meta, other: str, like: Meta) -> None:
+    if meta.device != like.device:
+        expected = f"{like.device}, the device of {other}"
+        raise ArgumentValueError(f"{argument}.device", expected, meta.device, "Move one of them with .to(device)")

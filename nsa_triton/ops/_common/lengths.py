@@ -1,0 +1,75 @@
+"""Length lists as the vendor's operators take them, as tuples of ints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
+
+_EXPECTED = "a list or tuple of ints, a numpy integer array, or a 1-D integer tensor on the CPU"
+_INTEGER_DTYPES = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
+
+
+def host_ints(lengths: Any, argument: str) -> tuple[int, ...]:
+    """The entries of any accepted kind of length list, unchecked."""
+    if isinstance(lengths, (list, tuple)):
+        entries = tuple(lengths)
+        # One pass in C for the usual case; bool is no int here, and 1.0 == 1 must not find the cache entry of 1.
+        return entries if set(map(type, entries)) <= {int} else tuple(_as_int(entry, argument) for entry in entries)
+    if isinstance(lengths, torch.Tensor):
+        return _tensor_ints(lengths, argument)
+    if isinstance(lengths, np.ndarray):
+        if lengths.dtype.kind not in "iu":
+            raise ArgumentTypeError(argument, _EXPECTED, f"a numpy array of {lengths.dtype}")
+        if lengths.ndim != 1:
+            raise ArgumentValueError(argument, _EXPECTED, f"a numpy array of shape {lengths.shape}")
+        return tuple(lengths.tolist())
+    raise ArgumentTypeError(argument, _EXPECTED, type(lengths).__name__, "It is required" if lengths is None else "")
+
+
+def _as_int(entry: Any, argument: str) -> int:
+    if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)):
+        raise ArgumentTypeError(argument, _EXPECTED, f"an entry {entry!r} of type {type(entry).__name__}")
+    return int(entry)
+
+
+def _tensor_ints(lengths: torch.Tensor, argument: str) -> tuple[int, ...]:
+    if lengths.dtype not in _INTEGER_DTYPES:
+        raise ArgumentTypeError(argument, _EXPECTED, f"a tensor of {lengths.dtype}")
+    if lengths.device.type != "cpu":
+        raise ArgumentValueError(
+            argument,
+            _EXPECTED,
+            f"a tensor on {lengths.device}",
+            "The number of output rows depends on its values, and reading them back would stall the device. "
+            "Keep the lengths on the host, or call .tolist() once, outside of the training loop",
+        )
+    if lengths.dim() != 1:
+        raise ArgumentValueError(argument, _EXPECTED, f"a tensor of shape {tuple(lengths.shape)}")
+    return tuple(lengths.tolist())
+
+
+def check_prefix_ends(ends: tuple[int, ...], argument: str, leading_zero: bool) -> None:
+    """Check inclusive prefix sums (s0, s0 + s1, ...): where each segment ends. A repeated value is an empty segment.
+
+    `leading_zero` says whether the first segment may be empty too.
+    """
+    if not ends:
+        raise ArgumentValueError(argument, "at least one entry", "an empty list", "One segment of T tokens is [T]")
+    lowest = 0 if leading_zero else 1
+    if ends[0] < lowest:
+        hint = (
+            "Leave out empty segments at the front, or call the npu_ spelling, which takes them" if ends[0] == 0 else ""
+        )
+        raise ArgumentValueError(argument, f"prefix sums, each at least {lowest}", f"{ends[0]} at index 0", hint)
+    for index in range(1, len(ends)):
+        if ends[index] < ends[index - 1]:
+            raise ArgumentValueError(
+                argument,
+                "prefix sums that never decrease",
+                f"{ends[index - 1]} then {ends[index]} at index {index}",
+                "Segment lengths s0, s1, ... are passed as s0, s0 + s1, ... (itertools.accumulate)",
+            )

@@ -1,0 +1,82 @@
+"""Every op family of the package: what the command line, the README's tables and the tests iterate over."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nsa_triton.errors import ArgumentValueError
+from nsa_triton.ops._common.cases import CheckCase, CompileCase
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function: its vendor twin, and what the support matrix says of it."""
+
+    name: str
+    vendor: str
+    does: str
+    dtypes: str
+    differentiable: str
+    beyond: str  # what it takes that CANN does not
+
+
+@dataclass(frozen=True)
+class Family:
+    """One folder under ops/. Its cases.py declares what to check and to compile."""
+
+    name: str
+    ops: tuple[Op, ...]
+
+    def check_cases(self, device: torch.device) -> Iterator[CheckCase]:
+        cases: Iterator[CheckCase] = self._cases().check_cases(device)
+        return cases
+
+    def compile_cases(self) -> Iterator[CompileCase]:
+        cases: Iterator[CompileCase] = self._cases().compile_cases()
+        return cases
+
+    def _cases(self):  # type: ignore[no-untyped-def]
+        return importlib.import_module(f"nsa_triton.ops.{self.name}.cases")
+
+
+FAMILIES = (
+    Family(
+        "compress",
+        (
+            Op(
+                "nsa_compress",
+                "npu_nsa_compress",
+                "weighted sums over overlapping windows, ragged batches",
+                "fp16, bf16, fp32",
+                "input, weight (twice)",
+                "fp32; empty and short segments; any strides; every Ascend product, CUDA and CPU",
+            ),
+            Op(
+                "nsa_compress_grad",
+                "npu_nsa_compress_grad",
+                "both gradients of nsa_compress, bit-identical on repeat",
+                "fp16, bf16, fp32",
+                "grad, input, weight",
+                "the same",
+            ),
+        ),
+    ),
+)
+
+
+def families(names: list[str]) -> tuple[Family, ...]:
+    """The named families, or all of them; a function's name finds its family too."""
+    if not names:
+        return FAMILIES
+    found = []
+    for name in names:
+        fitting = [family for family in FAMILIES if name in (family.name, *(op.name for op in family.ops))]
+        if not fitting:
+            known = ", ".join(f"{family.name} ({', '.join(op.name for op in family.ops)})" for family in FAMILIES)
+            raise ArgumentValueError("op", f"one of {known}", repr(name))
+        found += [family for family in fitting if family not in found]
+    return tuple(found)

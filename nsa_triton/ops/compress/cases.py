@@ -1,0 +1,80 @@
+"""What `nsa-triton check` runs and `nsa-triton compile` compiles for this op: declared once, for every target."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from nsa_triton.ops._common.cases import CheckCase, CompileCase
+from nsa_triton.ops.compress import reference
+from nsa_triton.ops.compress.api import nsa_compress, nsa_compress_grad
+
+if TYPE_CHECKING:
+    from nsa_triton.runtime.launch import Launch
+    from nsa_triton.runtime.target import Target
+
+# tokens per segment, heads, head size, window, stride, dtype. Ragged on purpose: empty, too short, and with a tail.
+CHECKS = [
+    ((700, 0, 1349), 4, 192, 32, 16, torch.bfloat16),
+    ((2048,), 4, 128, 32, 16, torch.float16),
+    ((31, 96, 33, 1, 864), 2, 64, 48, 32, torch.bfloat16),
+    ((511, 513), 1, 80, 128, 16, torch.float32),
+]
+COMPILES = [
+    (torch.bfloat16, 4, 192, 32, 16),
+    (torch.float16, 4, 128, 32, 16),
+    (torch.bfloat16, 8, 64, 16, 16),
+    (torch.bfloat16, 4, 128, 64, 32),
+    (torch.bfloat16, 2, 64, 48, 32),
+    (torch.float16, 128, 256, 128, 16),
+    (torch.float32, 4, 128, 32, 16),
+]
+
+
+def check_cases(device: torch.device) -> Iterator[CheckCase]:
+    for lengths, heads, head_dim, block, stride, dtype in CHECKS:
+        ends = tuple(torch.tensor(lengths).cumsum(0).tolist())
+        rows = sum(max(0, (length - block) // stride + 1) for length in lengths)
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"x": (ends[-1], heads, head_dim), "w": (block, heads), "g": (rows, heads, head_dim)}
+        made = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        x, w, g = (made[name].to(device) for name in ("x", "w", "g"))
+        shape = f"T={ends[-1]} N={heads} D={head_dim} l={block} d={stride}"
+        geometry = (block, stride)
+        yield CheckCase(
+            "nsa_compress",
+            shape,
+            dtype,
+            ("output",),
+            (block,),
+            lambda x=x, w=w, a=geometry, e=ends: (nsa_compress(x, w, *a, actual_seq_len=e, impl="triton"),),
+            lambda up, x=x, w=w, a=geometry, e=ends: (reference.forward(up(x), up(w), *a, e),),
+        )
+        yield CheckCase(
+            "nsa_compress_grad",
+            shape,
+            dtype,
+            ("input_grad", "weight_grad"),
+            (-(-block // stride), rows * head_dim),
+            lambda g=g, x=x, w=w, a=geometry, e=ends: nsa_compress_grad(g, x, w, *a, actual_seq_len=e, impl="triton"),
+            lambda up, g=g, x=x, w=w, a=geometry, e=ends: reference.backward(up(g), up(x), up(w), *a, e),
+        )
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    for arguments in COMPILES:
+        dtype, heads, head_dim, block, stride = arguments
+        yield CompileCase(
+            "compress",
+            f"{str(dtype).removeprefix('torch.')} N={heads} D={head_dim} l={block} d={stride}",
+            functools.partial(_plans, arguments),
+        )
+
+
+def _plans(arguments: tuple[torch.dtype, int, int, int, int], target: Target) -> list[Launch]:
+    from nsa_triton.ops.compress import launch  # imports triton
+
+    return launch.compile_plans(target, *arguments)

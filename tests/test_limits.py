@@ -1,0 +1,140 @@
+"""The table of limits: its two columns, how the mode is chosen, and what its rows say."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_triton import ArgumentTypeError, ArgumentValueError, ConfigError, limits, nsa_compress
+from nsa_triton.limits import LIMITS, Dtype, Equal, Limit, Range, check, mode_in_force, rows
+
+LEGAL: dict[str, dict[Any, Any]] = {
+    "nsa_compress": {
+        "dtype": torch.float16,
+        "compress_block_size": 32,
+        "compress_stride": 16,
+        "T": 100,
+        "N": 4,
+        "D": 128,
+        "weight.shape[0]": 32,
+        "weight.shape[1]": 4,
+        "actual_seq_len[-1]": 100,
+    }
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    monkeypatch.delenv("NSA_TRITON_LIMITS", raising=False)
+
+
+def beyond(limit: Limit, mode: str) -> list[object]:
+    """Values just outside of one row, when everything else is legal."""
+    rule = getattr(limit, mode)
+    if isinstance(rule, Dtype):
+        return [dtype for dtype in (torch.int32, torch.float32, torch.float64) if dtype not in rule.choices]
+    given = LEGAL[limit.op]
+    if isinstance(rule, Equal):
+        return [given[rule.other] - 1, given[rule.other] + 1]
+    step = given.get(rule.multiple_of, rule.multiple_of)
+    low, high = (given.get(bound, bound) for bound in (rule.minimum, rule.maximum))
+    return [low - step, high + step, *([low + 1] if step > 1 else [])]
+
+
+@pytest.mark.parametrize("mode", ["structural", "documented"])
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: f"{limit.op}-{limit.quantity}")
+def test_each_row_refuses_what_lies_beyond_it(limit, mode):
+    check(limit.op, LEGAL[limit.op], mode)
+    outside = beyond(limit, mode)
+    assert outside
+    for value in outside:
+        with pytest.raises((ArgumentTypeError, ArgumentValueError)) as caught:
+            limit.check(LEGAL[limit.op] | {limit.quantity: value}, mode)
+        assert caught.value.argument == limit.argument
+        assert str(value) in str(caught.value)
+        assert ("CANN" in str(caught.value)) == (mode == "documented")
+
+
+@pytest.mark.parametrize(("low", "high", "name"), [(16, 128, "compress_block_size"), (1, 128, "N"), (16, 256, "D")])
+def test_each_range_includes_its_bounds(low, high, name):
+    (limit,) = (limit for limit in rows("nsa_compress") if limit.quantity == name)
+    for value in (low, high):
+        limit.check({name: value}, "structural")
+
+
+def test_documented_limits_are_never_looser():
+    """Whatever CANN's documents allow, this package allows too."""
+    for limit in LIMITS:
+        if isinstance(limit.structural, Dtype) and isinstance(limit.documented, Dtype):
+            assert set(limit.documented.choices) <= set(limit.structural.choices)
+        elif isinstance(limit.structural, Range) and isinstance(limit.documented, Range):
+            given = LEGAL[limit.op]
+            bounds = [
+                (given.get(r.minimum, r.minimum), given.get(r.maximum, r.maximum))
+                for r in (limit.structural, limit.documented)
+            ]
+            assert bounds[0][0] <= bounds[1][0]
+            assert bounds[0][1] >= bounds[1][1]
+
+
+def test_rows_read_well():
+    texts = {limit.argument: limit.structural.text() for limit in rows("nsa_compress")}
+    assert texts["compress_stride"] == "a multiple of 16 from 16 to compress_block_size"
+    assert texts["input.shape[1] (N)"] == "an integer from 1 to 128"
+    assert texts["weight.shape[1]"] == "equal to N"
+    assert texts["input.dtype"] == "float16, bfloat16, float32 or float64"
+    assert rows("no_such_op") == ()
+
+
+def test_structural_is_the_default():
+    assert mode_in_force() == "structural"
+
+
+def test_the_environment_chooses_and_the_context_overrides(monkeypatch):
+    monkeypatch.setenv("NSA_TRITON_LIMITS", "documented")
+    assert mode_in_force() == "documented"
+    with limits("structural"):
+        assert mode_in_force() == "structural"
+    assert mode_in_force() == "documented"
+    monkeypatch.setenv("NSA_TRITON_LIMITS", "strict")
+    with pytest.raises(ConfigError):
+        mode_in_force()
+
+
+def test_contexts_nest_and_end_when_an_error_leaves_them():
+    with limits("documented"):
+        with pytest.raises(ArgumentValueError), limits("structural"):
+            limits("strict").__enter__()
+        assert mode_in_force() == "documented"
+    assert mode_in_force() == "structural"
+
+
+def test_the_context_is_of_this_thread():
+    seen = []
+    with limits("documented"):
+        thread = threading.Thread(target=lambda: seen.append(mode_in_force()))
+        thread.start()
+        thread.join()
+    assert seen == ["structural"]
+
+
+def test_an_unknown_mode_lists_the_known_ones():
+    with pytest.raises(ArgumentValueError, match="structural, documented"), limits("strict"):
+        pass
+
+
+def test_nsa_compress_obeys_the_mode():
+    def call(dtype):
+        tensors = torch.zeros(64, 1, 16, dtype=dtype), torch.zeros(32, 1, dtype=dtype)
+        return nsa_compress(*tensors, 32, 16, actual_seq_len=[64], impl="reference")
+
+    call(torch.float32)
+    with limits("documented"):
+        call(torch.bfloat16)
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(ArgumentTypeError, match="documented limit of CANN"):
+                call(dtype)
+    call(torch.float32)
