@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -39,7 +40,7 @@ class Family:
         cases: Iterator[CompileCase] = self._cases().compile_cases()
         return cases
 
-    def _cases(self):  # type: ignore[no-untyped-def]
+    def _cases(self) -> ModuleType:
         return importlib.import_module(f"nsa_triton.ops.{self.name}.cases")
 
 

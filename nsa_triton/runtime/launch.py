@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from nsa_triton.runtime.executors import Argument, executor_for
+from nsa_triton.runtime.executors import Executor
 from nsa_triton.runtime.target import Target
 
 if TYPE_CHECKING:
@@ -19,17 +21,28 @@ if TYPE_CHECKING:
 class Launch:
     kernel: Any  # a triton JITFunction
     programs: int
-    arguments: Mapping[str, Argument]  # in the order of the kernel's parameters
+    arguments: Mapping[str, Tensor | int | float]  # in the order of the kernel's parameters
     constexprs: Mapping[str, Any]
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the target that the launch was planned for
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of target that it was planned for
 
     def run(self, target: Target, device: torch.device) -> None:
-        executor_for(target, device).launch(
-            self.kernel, self.programs, self.arguments, self.constexprs, self.options
-        )
+        executor = executor_for(target.kind, device)
+        executor.launch(self.kernel, self.programs, self.arguments, self.constexprs, self.options)
 
     def specialization(self) -> Specialization:
         """What the Ascend compiler needs to know of it; tensors may be meta tensors."""
         from nsa_triton.ascend.lower import Specialization, signature_of
 
         return Specialization(self.kernel, signature_of(self.arguments), dict(self.constexprs))
+
+
+@functools.cache
+def executor_for(kind: str, device: torch.device) -> Executor:
+    """Raises a ToolchainError where this machine cannot run kernels on such a device."""
+    if kind == "cpu":
+        from nsa_triton.runtime.executors.host import HostExecutor
+
+        return HostExecutor()
+    from nsa_triton.runtime.executors.device import DeviceExecutor
+
+    return DeviceExecutor(kind, device)

@@ -27,6 +27,13 @@ class Target:
         """Whether kernels go through triton-ascend: on an NPU, and on a CPU, which executes the NPU's lowering."""
         return self.kind in ("npu", "cpu")
 
+    @property
+    def units(self) -> str:
+        """What runs programs, for people."""
+        if self.kind == "npu":
+            return f"{self.vector_cores} vector cores, {self.cube_cores} cube cores"
+        return f"{self.vector_cores} {'threads' if self.kind == 'cpu' else 'multiprocessors'}"
+
     def programs(self, n_items: int, *, uses_cube: bool = False) -> int:
         """How many programs to start for a persistent kernel with `n_items` items of work."""
         if self.kind == "cuda":

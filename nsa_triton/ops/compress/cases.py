@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from nsa_triton.ops._common.cases import CheckCase, CompileCase
+from nsa_triton.ops._common.cases import CheckCase, CompileCase, Convert
 from nsa_triton.ops.compress import reference
 from nsa_triton.ops.compress.api import nsa_compress, nsa_compress_grad
 
@@ -35,33 +37,42 @@ COMPILES = [
 
 
 def check_cases(device: torch.device) -> Iterator[CheckCase]:
-    for lengths, heads, head_dim, block, stride, dtype in CHECKS:
-        ends = tuple(torch.tensor(lengths).cumsum(0).tolist())
-        rows = sum(max(0, (length - block) // stride + 1) for length in lengths)
-        generator = torch.Generator().manual_seed(0)
-        shapes = {"x": (ends[-1], heads, head_dim), "w": (block, heads), "g": (rows, heads, head_dim)}
-        made = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-        x, w, g = (made[name].to(device) for name in ("x", "w", "g"))
-        shape = f"T={ends[-1]} N={heads} D={head_dim} l={block} d={stride}"
-        geometry = (block, stride)
-        yield CheckCase(
-            "nsa_compress",
-            shape,
-            dtype,
-            ("output",),
-            (block,),
-            lambda x=x, w=w, a=geometry, e=ends: (nsa_compress(x, w, *a, actual_seq_len=e, impl="triton"),),
-            lambda up, x=x, w=w, a=geometry, e=ends: (reference.forward(up(x), up(w), *a, e),),
-        )
-        yield CheckCase(
-            "nsa_compress_grad",
-            shape,
-            dtype,
-            ("input_grad", "weight_grad"),
-            (-(-block // stride), rows * head_dim),
-            lambda g=g, x=x, w=w, a=geometry, e=ends: nsa_compress_grad(g, x, w, *a, actual_seq_len=e, impl="triton"),
-            lambda up, g=g, x=x, w=w, a=geometry, e=ends: reference.backward(up(g), up(x), up(w), *a, e),
-        )
+    for check in CHECKS:
+        yield from _checks(*check, device)
+
+
+def _checks(
+    lengths: tuple[int, ...],
+    heads: int,
+    head_dim: int,
+    block: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[CheckCase]:
+    ends = tuple(itertools.accumulate(lengths))
+    rows = sum(max(0, (length - block) // stride + 1) for length in lengths)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, heads, head_dim), (ends[-1], heads, head_dim), (block, heads)
+    g, x, w = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
+
+    def forward() -> tuple[Tensor, ...]:
+        return (nsa_compress(x, w, block, stride, actual_seq_len=ends, impl="triton"),)
+
+    def backward() -> tuple[Tensor, ...]:
+        return nsa_compress_grad(g, x, w, block, stride, actual_seq_len=ends, impl="triton")
+
+    def expected(convert: Convert) -> tuple[Tensor, ...]:
+        return (reference.forward(convert(x), convert(w), block, stride, ends),)
+
+    def expected_gradients(convert: Convert) -> tuple[Tensor, ...]:
+        return reference.backward(convert(g), convert(x), convert(w), block, stride, ends)
+
+    shape = f"T={ends[-1]} N={heads} D={head_dim} l={block} d={stride}"
+    terms = (-(-block // stride), rows * head_dim)
+    yield CheckCase("nsa_compress", shape, dtype, ("output",), (block,), forward, expected)
+    gradients = ("input_grad", "weight_grad")
+    yield CheckCase("nsa_compress_grad", shape, dtype, gradients, terms, backward, expected_gradients)
 
 
 def compile_cases() -> Iterator[CompileCase]:

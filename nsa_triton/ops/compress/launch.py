@@ -78,7 +78,7 @@ def window_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tenso
 
 @functools.lru_cache(maxsize=64)
 def chunk_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor:
-    """[tiles, 5] first token, tokens and first stride-chunk of every tile, then first row and windows of its segment."""
+    """[tiles, 5] first token, tokens and first stride-chunk of each tile, first row and windows of its segment."""
     first_token, lengths, first_row, counts = windows.segments
     segment, first = _split(-(-lengths // windows.stride), per_tile)
     offset = first * windows.stride

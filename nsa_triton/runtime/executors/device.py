@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nsa_triton.ascend.toolchain import triton_problem
-from nsa_triton.runtime.executors import Argument
 
 
 class DeviceExecutor:
@@ -26,7 +26,7 @@ class DeviceExecutor:
         self,
         kernel: Any,
         programs: int,
-        arguments: Mapping[str, Argument],
+        arguments: Mapping[str, Tensor | int | float],
         constexprs: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> None:

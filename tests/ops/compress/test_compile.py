@@ -77,7 +77,7 @@ def test_forward_copies_each_token_about_once():
         if report.kernel == "compress_fwd"
     )
     per_tile = report.constexprs["BR"] - report.constexprs["L"] + report.constexprs["S"]  # tokens a tile advances
-    assert report.facts.counts["dma"]["load"] == 2  # the tile, and the weights of a head
+    assert report.counts["dma"]["load"] == 2  # the tile, and the weights of a head
     assert report.constexprs["BR"] / per_tile < 1.1
 
 

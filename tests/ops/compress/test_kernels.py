@@ -10,7 +10,7 @@ from nsa_triton.ops.compress import reference
 
 pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for cpu and npu, triton for cuda")
 
-from nsa_triton.ops.compress import launch  # noqa: E402
+from nsa_triton.ops.compress import launch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # lengths, heads, head size, window, stride

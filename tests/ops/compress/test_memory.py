@@ -7,6 +7,8 @@ import torch
 
 from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.ops.compress import reference
+from nsa_triton.runtime.launch import Launch
+from nsa_triton.runtime.target import target_of
 from tests.guard import run_guarded
 
 if front_end_problem() is not None:
@@ -23,7 +25,7 @@ SHAPES = [
 ]
 
 
-def inputs(lengths, heads, head_dim, block, stride, dtype):
+def inputs(lengths, heads, head_dim, block, stride, *, dtype):
     generator = torch.Generator().manual_seed(1)
     ends = tuple(torch.tensor(lengths).cumsum(0).tolist())
     rows = len(reference.window_starts(block, stride, ends))
@@ -36,10 +38,10 @@ def inputs(lengths, heads, head_dim, block, stride, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_stay_inside_their_tensors(shape, dtype, side):
     """Every tensor of every launch, outputs and tables too, ends (or begins) at a page that faults when touched."""
-    given, ends = inputs(*shape, dtype)
+    given, ends = inputs(*shape, dtype=dtype)
     geometry = shape[3:]
     windows = launch.Windows(ends, *geometry)
-    target = launch.target_of(torch.device("cpu"))
+    target = target_of(torch.device("cpu"))
     plan = launch.Plan(target, windows, given["x"])
     y, dx, dw = torch.empty_like(given["g"]), torch.empty_like(given["x"]), torch.empty_like(given["w"])
     plans = [
@@ -54,16 +56,14 @@ def test_kernels_stay_inside_their_tensors(shape, dtype, side):
 
         def guarded(planned=planned, numbers=numbers, **tensors):
             arguments = {name: tensors.get(name, numbers.get(name)) for name in planned.arguments}
-            launch.Launch(planned.kernel, planned.programs, arguments, planned.constexprs).run(
-                target, torch.device("cpu")
-            )
+            Launch(planned.kernel, planned.programs, arguments, planned.constexprs).run(target, torch.device("cpu"))
 
         after = run_guarded(guarded, tensors, side)
         assert all(torch.equal(after[name], tensors[name]) for name in tensors), planned.kernel.__name__
 
 
 def huge(dtype):
-    """T x N x D beyond 2^31 elements. Pages that are never touched take no memory: only the last segment has windows."""
+    """More than 2^31 elements. Pages never touched take no memory, and only the last segment has windows."""
     heads, head_dim, short, tail, tokens = 128, 256, 31, 48, 70_000
     x = torch.empty((tokens, heads, head_dim), dtype=dtype)
     assert x.numel() > 1 << 31
@@ -83,7 +83,7 @@ def test_forward_offsets_beyond_two_to_the_31_elements():
 def test_weight_gradient_offsets_beyond_two_to_the_31_elements():
     x, w, ends, tail = huge(torch.float16)
     g, dw = torch.randn(2, *x.shape[1:]).half(), torch.empty_like(w)
-    target = launch.target_of(x.device)
+    target = target_of(x.device)
     plan = launch.Plan(target, launch.Windows(ends, 32, 16), x)
     for planned in launch.plan_weight_grad(plan, g, x, dw):
         planned.run(target, x.device)

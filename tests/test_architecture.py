@@ -1,0 +1,97 @@
+"""The rules of the house that CONTRIBUTING.md states, kept by reading every import of the package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import nsa_triton
+from nsa_triton.settings import VARIABLES
+
+PACKAGE = Path(nsa_triton.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+OPS = sorted(path.name for path in (PACKAGE / "ops").iterdir() if path.is_dir() and not path.name.startswith("_"))
+
+
+def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
+    """The modules that a file imports, wherever in it; those for type checkers only do not count."""
+    tree = ast.parse(file.read_text())
+    found: set[str] = set()
+    nodes = list(tree.body) if top_level_only else list(ast.walk(tree))
+    typing_only = {
+        inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }  # fmt: skip
+    for node in nodes:
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def any_under(modules: set[str], prefix: str) -> set[str]:
+    return {module for module in modules if module == prefix or module.startswith(f"{prefix}.")}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0]
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.relative_to(PACKAGE).parts[0] in ("runtime", "ascend")], ids=name
+)
+def test_runtime_and_ascend_never_import_ops(file):
+    assert not any_under(imports(file), "nsa_triton.ops")
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) == "ops"], ids=name)
+def test_op_folders_never_import_one_another(file):
+    own = file.relative_to(PACKAGE).parts[1]
+    if own in OPS:
+        others = {op for op in OPS if op != own and any_under(imports(file), f"nsa_triton.ops.{op}")}
+        assert not others
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_imports_torch_only(op):
+    outside = {module.split(".")[0] for module in imports(PACKAGE / "ops" / op / "reference.py")}
+    assert outside <= {"torch", "math", "__future__"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_import_triton_and_primitives_only(op):
+    for module in imports(PACKAGE / "ops" / op / "kernels.py"):
+        assert module.split(".")[0] == "triton" or module.startswith("nsa_triton.ops._common.primitives")
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_triton_is_imported_by_kernels_and_inside_functions_only(file):
+    """`import nsa_triton` must work with torch alone."""
+    if file.name not in ("kernels.py", "primitives.py"):
+        eager = imports(file, top_level_only=True)
+        assert not any_under(eager, "triton")
+        assert not any_under(eager, "torch_npu")
+        assert not any_under(eager, "llvmlite")
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_no_assert_and_no_bare_except_for_users(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"line {node.lineno}"
+
+
+def test_at_most_five_environment_variables_read_in_one_place():
+    assert len(VARIABLES) <= 5
+    for file in FILES:
+        if name(file) not in ("settings.py", "cli/env.py"):
+            assert '"NSA_TRITON_' not in file.read_text(), name(file)

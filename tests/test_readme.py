@@ -1,0 +1,41 @@
+"""The README keeps its word: its example runs, its tables are what the code generates, its names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from nsa_triton.ascend.toolchain import front_end_problem
+from nsa_triton.cli import COMMANDS
+from nsa_triton.settings import VARIABLES
+from tests.readme import README, ROOT, regenerated
+
+TEXT = README.read_text()
+
+
+def test_generated_parts_are_current():
+    assert regenerated(TEXT) == TEXT, "run: python -m tests.readme"
+
+
+@pytest.mark.skipif(front_end_problem() is not None, reason=f"no Ascend front end: {front_end_problem()}")
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+def test_examples_run_as_printed(snippet, tmp_path):
+    run = subprocess.run([sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "torch.Size([125, 4, 192])" in run.stdout
+
+
+def test_settings_table_is_that_of_the_code():
+    assert dict(re.findall(r"\| `(NSA_TRITON_\w+)` \| (.+?) \|\n", TEXT)) == VARIABLES
+
+
+def test_commands_exist():
+    assert set(re.findall(r"nsa-triton (\w+)", TEXT)) <= set(COMMANDS)
+
+
+def test_linked_files_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
