@@ -18,11 +18,12 @@ from nsa_triton.ascend.lower import Lowered
 from nsa_triton.ascend.toolchain import compiler
 from nsa_triton.errors import CompileError
 
+# No common subexpressions before bufferization: two operations that share one tensor.empty get one buffer and a copy.
 TO_BUFFERS = (
     "--execution-engine-convert-hfusion-to-upstream",
+    "--loop-invariant-code-motion",
     "--convert-elementwise-to-linalg",
     "--linalg-fuse-elementwise-ops",
-    "--cse",
     "--eliminate-empty-tensors",
     "--empty-tensor-to-alloc-tensor",
     "--one-shot-bufferize=allow-return-allocs-from-loops=true",

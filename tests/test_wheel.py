@@ -1,0 +1,42 @@
+"""The wheel: it carries the configs, and works where there is no repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from tests.readme import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, ROOT]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (file,) = folder.glob("nsa_triton-*.whl")
+    return file
+
+
+def test_the_wheel_carries_configs_and_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "nsa_triton/autotune_configs/default/compress.json" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests", "bench"))]
+
+
+def test_the_installed_wheel_finds_its_own_configs(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    ask = (
+        "from nsa_triton.runtime.configs import config_root, load\n"
+        "print(config_root(), len(load(config_root() / 'default' / 'compress.json')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    place, entries = done.stdout.split()
+    assert place == str(tmp_path / "site" / "nsa_triton" / "autotune_configs")
+    assert int(entries) > 10
