@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_triton.ascend import host_passes, host_runtime, host_tiles, lower, object_cache
+from nsa_triton.ascend import elf, host_passes, host_runtime, host_tiles, lower, object_cache
 from nsa_triton.ascend.lower import Specialization
 from nsa_triton.ascend.toolchain import compiler, require_front_end
 from nsa_triton.errors import CompileError
@@ -152,12 +152,11 @@ def _object_code(name: str, text: str) -> bytes:
     options.loop_vectorization = options.slp_vectorization = True
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
-    for function in module.functions:
-        if function.is_declaration and not function.name.startswith("llvm.") and function.name not in _symbols():
-            raise CompileError(f"{name}: {function.name} has no CPU implementation", text)
-    if "half" in text and "__truncsfhf2" not in _symbols() and "+f16c" not in _host()[2] and "x86" in machine.triple:
-        raise CompileError(f"{name}: this CPU and its C library cannot convert float16; use bfloat16 or float32")
-    return bytes(machine.emit_object(module))
+    code = bytes(machine.emit_object(module))
+    missing = elf.undefined_symbols(code) - _symbols()
+    if missing:
+        raise CompileError(f"{name}: {', '.join(sorted(missing))} has no CPU implementation", text)
+    return code
 
 
 def _load(code: bytes) -> Any:
@@ -214,7 +213,7 @@ def _disk_key(key: str) -> str:
 @functools.cache
 def _toolchain() -> str:
     """All that decides the machine code besides the kernel: versions, this host, and the source of this compiler."""
-    modules = (host_passes, host_runtime, host_tiles, lower, sys.modules[__name__])
+    modules = (elf, host_passes, host_runtime, host_tiles, lower, sys.modules[__name__])
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     versions = [importlib.metadata.version(name) for name in ("triton-ascend", "llvmlite")]
     return repr((versions, compiler().version, _host(), hashlib.sha256(sources).hexdigest()))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_triton.ascend import native, object_cache
+from nsa_triton.ascend import elf, native, object_cache
 from nsa_triton.ascend.lower import Specialization
 from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError, CompileError
@@ -339,6 +339,19 @@ def test_operations_without_an_implementation_are_named(name: str) -> None:
     x = torch.zeros(64)
     with pytest.raises(CompileError, match=rf"tl\.{name} has no CPU implementation"):
         launch(getattr(kernels, {"print": "device_print"}.get(name, name)), 1, {"x": x, "y": x}, N=64)
+
+
+def test_undefined_symbols_are_an_error_not_a_crash(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The JIT resolves an unknown symbol to address 0 and says nothing."""
+    monkeypatch.setattr(native, "_symbols", lambda: frozenset({"memcpy"}))
+    with pytest.raises(CompileError, match="aligned_alloc.* has no CPU implementation"):
+        check_kernel()
+    assert not list(empty_cache.parent.rglob("*.o"))
+
+
+def test_symbols_are_read_from_elf_only() -> None:
+    assert elf.undefined_symbols(native.compile_object(specialization())) <= native._symbols()
+    assert elf.undefined_symbols(bytes(64)) == frozenset()
 
 
 def test_a_kernel_that_the_front_end_rejects() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 import subprocess
@@ -24,10 +25,15 @@ def installed(monkeypatch):
     return pretend
 
 
+def there(problem: ToolchainError | None) -> ToolchainError:
+    assert problem is not None
+    return problem
+
+
 def test_both_tritons_installed_names_them_and_the_repair(installed):
     installed(triton="3.6.0", triton_ascend="3.2.0")
     for wanted, last in (("triton-ascend", "triton-ascend==3.2.0"), ("triton", "'triton>=3.2'")):
-        problem = toolchain.triton_problem(wanted)
+        problem = there(toolchain.triton_problem(wanted))
         assert "triton 3.6.0 and triton-ascend 3.2.0 are both installed" in str(problem)
         assert problem.commands[0] == "pip uninstall -y triton triton-ascend"
         assert problem.commands[-1].endswith(last)
@@ -49,7 +55,7 @@ def test_nothing_installed(installed):
 def test_a_python_without_wheels(installed, monkeypatch, version):
     installed()
     monkeypatch.setattr(sys, "version_info", (*version, 0))
-    problem = toolchain.triton_problem("triton-ascend")
+    problem = there(toolchain.triton_problem("triton-ascend"))
     assert f"this is Python {version[0]}.{version[1]}" in str(problem)
     assert "python3.11 -m venv" in problem.commands[0]
 
@@ -63,8 +69,8 @@ def test_pythons_with_wheels_are_told_to_install(installed, monkeypatch):
 
 def test_missing_pybind11(installed, monkeypatch):
     installed(triton_ascend="3.2.0")
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    assert toolchain.front_end_problem().commands == ("pip install pybind11",)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert there(toolchain.front_end_problem()).commands == ("pip install pybind11",)
 
 
 def test_a_triton_folder_without_the_ascend_back_end(installed, monkeypatch, tmp_path):
@@ -73,7 +79,7 @@ def test_a_triton_folder_without_the_ascend_back_end(installed, monkeypatch, tmp
     class Spec:
         submodule_search_locations = (str(tmp_path),)
 
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Spec)
     assert "no Ascend back end" in str(toolchain.front_end_problem())
     tool = tmp_path / "backends" / "ascend" / "triton-adapter-opt"
     tool.parent.mkdir(parents=True)

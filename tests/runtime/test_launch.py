@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
 
-from nsa_triton.ascend.toolchain import ToolchainError
-from nsa_triton.errors import ArgumentTypeError
+from nsa_triton.errors import ArgumentTypeError, ToolchainError
 from nsa_triton.runtime.executors import device as module
 from nsa_triton.runtime.executors.device import DeviceExecutor
 from nsa_triton.runtime.launch import Launch
@@ -41,16 +41,19 @@ def test_a_device_launch_passes_arguments_constexprs_and_the_options_of_its_targ
 @pytest.mark.parametrize(("kind", "wanted"), [("npu", "triton-ascend"), ("cuda", "triton")])
 def test_a_device_needs_its_own_triton(monkeypatch, kind, wanted):
     asked = []
-    monkeypatch.setattr(
-        module, "triton_problem", lambda name: asked.append(name) or ToolchainError("clobbered", ("fix",))
-    )
+
+    def problem(name):
+        asked.append(name)
+        return ToolchainError("clobbered", ("fix",))
+
+    monkeypatch.setattr(module, "triton_problem", problem)
     with pytest.raises(ToolchainError, match="clobbered"):
         DeviceExecutor(kind, torch.device("cpu"))
     assert asked == [wanted]
 
 
 def test_the_specialization_of_a_launch_takes_types_from_its_arguments():
-    arguments = {
+    arguments: dict[str, Any] = {
         "x": torch.empty(3, dtype=torch.bfloat16, device="meta"),
         "tiles": torch.empty(3, dtype=torch.int32),
         "n": 5,
