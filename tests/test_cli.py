@@ -35,8 +35,9 @@ def test_help_shows_an_example(command):
 
 
 def test_no_command_and_unknown_command_list_the_valid_ones():
-    assert all(command in run("nothing").stderr for command in COMMANDS)
-    assert run().returncode == 2
+    unknown = run("nothing")
+    assert unknown.returncode == run().returncode == 2
+    assert all(command in unknown.stderr for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["check", "compile", "ops"])

@@ -1,4 +1,4 @@
-"""Linalg as triton-ascend makes it -> LLVM IR for this host, through MLIR passes alone (no C compiler).
+"""Linalg as triton-ascend makes it -> MLIR's LLVM dialect, through passes of ascendnpu-ir alone (no C compiler).
 
 Two runs of bishengir-opt with edits of the text around them: the edits hand matmuls, transposes and copies, which the
 stock lowering turns into slow scalar loops or library calls, to the loops of host_tiles.py.
@@ -152,7 +152,7 @@ def _before_loops(text: str, unit: VectorUnit) -> str:
     )
     text = _TRANSPOSE.sub(lambda m: tiles.transpose((m[1], m[3]), (m[2], m[4])) or m[0], text)
     text = _ROW_REDUCTION.sub(lambda m: _row_reduction(tiles, m) or m[0], text)
-    # The pool of native.py aligns every block already; with this MLIR would over-allocate and align again.
+    # The pool of host_runtime.py aligns every block already; with this MLIR would over-allocate and align again.
     text = text.replace("memref.alloc() {alignment = 64 : i64}", "memref.alloc()")
     end = text.rindex("}")
     return text[:end] + "\n".join(tiles.functions) + text[end:]

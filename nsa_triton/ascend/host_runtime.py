@@ -190,22 +190,27 @@ _FUNCTIONS = {"exp": _EXP, "exp2": _EXP2, "log": _LOG, "log2": _LOG2}
 
 def complete(text: str, name: str, signature: Sequence[str]) -> str:
     """`text` (LLVM IR of kernel `name`) with all that it needs to run; `signature` gives its argument types."""
-    text = text.replace("call ptr @malloc(", "call ptr @nsa_alloc(ptr %5, ").replace(
-        "call void @free(", "call void @nsa_free(ptr %5, "
-    )
-    text = re.sub(r"^declare (ptr @malloc|void @free)\(.*\n", "", text, flags=re.MULTILINE)
-    text = _byte_booleans(text)
-    parts = [text, POOL, _entry(name, signature)]
+    text = _byte_booleans(_pooled(text))
+    parts = [POOL, _entry(name, signature)]
     for function, body in _FUNCTIONS.items():
-        call, parts[0] = f"@llvm.{function}.f32(", parts[0]
-        if call in parts[0]:
-            parts[0] = re.sub(rf"^declare float {re.escape(call)}.*\n", "", parts[0], flags=re.MULTILINE)
-            parts[0] = parts[0].replace(call, f"@nsa_{function}(")
+        if f"@llvm.{function}.f32(" in text:
+            text = _without_declaration(text, f"llvm.{function}.f32").replace(
+                f"@llvm.{function}.f32(", f"@nsa_{function}("
+            )
             parts.append(body)
-    whole = "\n".join(parts)
-    if "@llvm.fmuladd.f32(" in whole and "declare float @llvm.fmuladd.f32(" not in whole:
-        whole += "\ndeclare float @llvm.fmuladd.f32(float, float, float)\n"
-    return whole
+    text = _without_declaration(text, "llvm.fmuladd.f32")
+    return "\n".join([text, *parts, "declare float @llvm.fmuladd.f32(float, float, float)\n"])
+
+
+def _pooled(text: str) -> str:
+    """Tiles come from the pool that the workspace argument (%5 is its address) carries."""
+    text = _without_declaration(_without_declaration(text, "malloc"), "free")
+    text = text.replace("call ptr @malloc(", "call ptr @nsa_alloc(ptr %5, ")
+    return text.replace("call void @free(", "call void @nsa_free(ptr %5, ")
+
+
+def _without_declaration(text: str, function: str) -> str:
+    return re.sub(rf"^declare .*@{re.escape(function)}\(.*\n", "", text, flags=re.MULTILINE)
 
 
 def _byte_booleans(text: str) -> str:

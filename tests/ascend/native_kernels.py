@@ -34,6 +34,13 @@ def shift_left_unmasked(x, y, T, distance, BT: tl.constexpr):
 
 
 @triton.jit
+def copy_where(x, m, y, T, BT: tl.constexpr):
+    o_t = tl.arange(0, BT)
+    chosen = tl.load(m + o_t, mask=o_t < T, other=0) != 0
+    tl.store(y + o_t, tl.load(x + o_t, mask=chosen, other=0.0), mask=chosen)
+
+
+@triton.jit
 def cast(x, y, N: tl.constexpr):
     o = tl.arange(0, N)
     tl.store(y + o, tl.load(x + o).to(y.dtype.element_ty))

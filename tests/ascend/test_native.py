@@ -344,7 +344,7 @@ def test_operations_without_an_implementation_are_named(name: str) -> None:
 def test_undefined_symbols_are_an_error_not_a_crash(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The JIT resolves an unknown symbol to address 0 and says nothing."""
     monkeypatch.setattr(native, "_symbols", lambda: frozenset({"memcpy"}))
-    with pytest.raises(CompileError, match="aligned_alloc.* has no CPU implementation"):
+    with pytest.raises(CompileError, match=r"aligned_alloc.* has no CPU implementation"):
         check_kernel()
     assert not list(empty_cache.parent.rglob("*.o"))
 
@@ -427,6 +427,17 @@ def test_guarded_memory_catches_a_read_before_the_beginning() -> None:
     tensors = {"x": torch.randn(32), "y": torch.zeros(32)}
     with pytest.raises(OutOfBoundsError, match="out of bounds"):
         run_guarded(function, tensors, "before")
+
+
+def test_guarded_memory_shows_what_the_lowering_makes_of_a_mask_from_data() -> None:
+    """triton-ascend honours masks of the form index < n. For any other it loads, and even stores, the whole tile."""
+
+    def function(**tensors: Tensor) -> None:
+        launch(kernels.copy_where, 1, {**tensors, "T": 37}, BT=64)
+
+    tensors = {"x": torch.randn(37), "m": torch.ones(37, dtype=torch.int32), "y": torch.zeros(37)}
+    with pytest.raises(OutOfBoundsError, match="out of bounds"):
+        run_guarded(function, tensors, "after")
 
 
 @pytest.mark.parametrize("side", ["after", "before"])

@@ -20,6 +20,13 @@ import triton.language as tl
 from nsa_triton.ops._common.primitives import rows_of
 
 
+@triton.jit
+def unpack(i_item, N, D, BD: tl.constexpr):
+    """The tile, the head and the first column of an item of work; the items of one tile are neighbours."""
+    n_blocks = (D + BD - 1) // BD
+    return i_item // n_blocks // N, i_item // n_blocks % N, i_item % n_blocks * BD
+
+
 @triton.jit(do_not_specialize=["n_items"])
 def compress_fwd(
     x,  # [T, N, D]
@@ -36,18 +43,16 @@ def compress_fwd(
     L: tl.constexpr,
     S: tl.constexpr,
     BL: tl.constexpr,  # L, or the power of two above it
-    BR: tl.constexpr,  # rows of the tile in tokens: (windows - 1) * S + L, or the power of two above it
+    BR: tl.constexpr,  # tokens of a tile: (windows - 1) * S + L, or the power of two above it
     BD: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
     o_r = tl.arange(0, BR)
     o_l = tl.arange(0, BL)
     o_d = tl.arange(0, BD)
-    n_blocks = (D + BD - 1) // BD
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        i_d = i_item % n_blocks * BD
-        i_n = i_item // n_blocks % N
-        p_tile = tiles + i_item // n_blocks // N * 3
+        i_tile, i_n, i_d = unpack(i_item, N, D, BD)
+        p_tile = tiles + i_tile * 3
         i_t = tl.load(p_tile).to(tl.int64)
         i_r = tl.load(p_tile + 1).to(tl.int64)
         n_windows = tl.load(p_tile + 2)
@@ -55,7 +60,7 @@ def compress_fwd(
         # [BL, 1]
         b_w = tl.load(w + i_n * w_n + o_l * w_l, mask=o_l < L, other=0.0).to(tl.float32)[:, None]
         p_x = x + i_t * x_t + i_n * x_n + i_d
-        # [BR, BD]: every token of the tile once, though it serves up to L / S windows
+        # [BR, BD]: every token of the tile once, though it serves up to L / S windows; dead code if not RESIDENT
         m_x = (o_r < (n_windows - 1) * S + L)[:, None] & (o_d < D - i_d)[None, :]
         b_x = tl.load(p_x + o_r[:, None] * x_t + o_d[None, :], mask=m_x, other=0.0)
         for k in range(0, n_windows):
@@ -90,11 +95,9 @@ def compress_bwd_dx(
     o_c = tl.arange(0, BC)
     o_s = tl.arange(0, BS)
     o_d = tl.arange(0, BD)
-    n_blocks = (D + BD - 1) // BD
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        i_d = i_item % n_blocks * BD
-        i_n = i_item // n_blocks % N
-        p_tile = tiles + i_item // n_blocks // N * 5
+        i_tile, i_n, i_d = unpack(i_item, N, D, BD)
+        p_tile = tiles + i_tile * 5
         i_t = tl.load(p_tile).to(tl.int64)
         n_tokens = tl.load(p_tile + 1)
         i_c = tl.load(p_tile + 2)
@@ -160,9 +163,7 @@ def compress_bwd_dw(
     o_d = tl.arange(0, BD)
     n_blocks = (D + BD - 1) // BD
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        i_d = i_item % n_blocks * BD
-        i_n = i_item // n_blocks % N
-        i_split = i_item // n_blocks // N
+        i_split, i_n, i_d = unpack(i_item, N, D, BD)
         b_acc = tl.zeros([BL, BD], tl.float32)
         for i_tile in range(i_split, n_tiles, n_splits):
             p_tile = tiles + i_tile * 3
@@ -183,7 +184,7 @@ def compress_bwd_dw(
                 # [BL, BD]
                 b_xk = rows_of(b_x, p_x + k * S * x_t, k * S, x_t, o_l, o_d, BL, BD, L, D - i_d, RESIDENT)
                 b_acc += b_xk.to(tl.float32) * b_gk.to(tl.float32)
-        p_partial = partial + (i_split * n_blocks + i_item % n_blocks) * L * N + i_n
+        p_partial = partial + (i_split * n_blocks + i_d // BD) * L * N + i_n
         tl.store(p_partial + o_l * N, tl.sum(b_acc, axis=1), mask=o_l < L)
 
 

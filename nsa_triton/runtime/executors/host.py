@@ -8,21 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_triton.ascend.lower import Specialization
+from nsa_triton.ascend.lower import Specialization, signature_of
 from nsa_triton.ascend.native import NativeKernel, native_kernel
-from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
-
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.bool: "*i1",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+from nsa_triton.errors import ArgumentValueError
 
 
 class HostExecutor:
@@ -46,7 +34,8 @@ class HostExecutor:
         self, kernel: Any, arguments: Mapping[str, Tensor | int | float], constexprs: Mapping[str, Any]
     ) -> NativeKernel:
         """The machine code that a launch with these arguments runs."""
-        signature = {name: _type(name, value) for name, value in arguments.items()}
+        signature = signature_of(arguments)
+        _check(arguments)
         # Types are part of the key: 1, 1.0 and True are equal, but not the same constexpr.
         values = tuple((name, type(value), value) for name, value in constexprs.items())
         key = (kernel, tuple(signature.items()), values)
@@ -56,20 +45,11 @@ class HostExecutor:
         return found
 
 
-def _type(name: str, value: object) -> str:
-    """The Triton type of a run-time argument."""
-    if isinstance(value, Tensor):
-        if value.device.type != "cpu":
-            raise ArgumentValueError(name, "a tensor in CPU memory", f"one on {value.device}")
-        if value.dtype not in POINTERS:
-            raise ArgumentTypeError(name, f"a dtype among {', '.join(str(d) for d in POINTERS)}", value.dtype)
-        return POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, int):
-        if -(2**31) <= value < 2**31:
-            return "i32"
-        if -(2**63) <= value < 2**63:
-            return "i64"
-        raise ArgumentValueError(name, "an integer of at most 64 bits", value)
-    raise ArgumentTypeError(name, "a tensor, an int or a float", type(value).__name__)
+def _check(arguments: Mapping[str, Tensor | int | float]) -> None:
+    """What the types do not tell: machine code believes every address and every number."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                raise ArgumentValueError(name, "a tensor in CPU memory", f"one on {value.device}")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ArgumentValueError(name, "an integer of at most 64 bits", value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nsa_triton.ops._common.accuracy import judge
 from nsa_triton.ops.compress import reference
@@ -132,3 +134,26 @@ def test_weight_gradient_of_a_window_next_to_a_bad_one_stays_finite(device):
     g[1:] = 0
     _, dw = launch.backward(g[:1], x[:32], w, 32, 16, (32,))
     assert dw.isfinite().all()
+
+
+@st.composite
+def ragged_calls(draw):
+    """Any segments and heads on few kernels: lengths, heads and strides are run-time arguments, and cost no compile."""
+    lengths = draw(st.lists(st.integers(0, 150), min_size=1, max_size=12).filter(any))
+    block, stride = draw(st.sampled_from([(32, 16), (48, 32), (16, 16)]))
+    head_dim, dtype = draw(st.sampled_from([(16, torch.float32), (80, torch.bfloat16), (192, torch.float16)]))
+    return tuple(lengths), draw(st.integers(1, 5)), head_dim, block, stride, dtype, draw(st.integers(0, 99))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=ragged_calls())
+def test_any_ragged_batch(call, device):
+    *shape, dtype, seed = call
+    g, x, w, geometry = make(*shape, dtype, device, seed=seed)
+    if len(g) == 0:
+        return  # the operator returns before it launches
+    block, stride = shape[3:]
+    assert_accurate(launch.forward(x, w, *geometry), reference.forward, (x, w), geometry, 0, terms=block)
+    dx, dw = launch.backward(g, x, w, *geometry)
+    assert_accurate(dx, reference.backward, (g, x, w), geometry, 0, terms=-(-block // stride))
+    assert_accurate(dw, reference.backward, (g, x, w), geometry, 1, terms=g.shape[0] * shape[2])
