@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -27,9 +26,6 @@ from nsa_triton.errors import CompileError
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
 _SCALAR_WARNING = re.compile(r"(.*)warning: Op '([\w.]+)' will execute by scalar instruction")
 _UNSPECIFIC_ERRORS = ("Failed to run BiShengHIR pipeline", "External hivmc run fails")
-
-# The front end switches an environment variable while it lowers, and its contexts are not made for several threads.
-_LOWERING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -118,8 +114,7 @@ def final_module(
 
 
 def _lower(spec: Specialization) -> Lowered:
-    with _LOWERING:
-        return lower(spec, line_info=True)
+    return lower(spec, line_info=True)
 
 
 def _compile(job: Job, lowering: Callable[[Specialization], Lowered], keep: Path | None) -> CompileReport:

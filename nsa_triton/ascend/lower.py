@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import torch
 from nsa_triton.ascend.toolchain import require_front_end
 from nsa_triton.errors import ArgumentTypeError, CompileError
 
-# Options of triton-ascend that shape the Linalg module; all others only matter to bishengir-compile.
-FRONT_END_OPTIONS = frozenset({"enable_linearize", "enable_nd2nz_on_vector"})
 ARCH = "Ascend910B2"  # the front end makes the same module for every A2/A3 chip
+# The front end reads a switch from the environment while it lowers, and its contexts are not made for several threads.
+_LOWERING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Lowered:
 def lower(spec: Specialization, *, line_info: bool = False) -> Lowered:
     """Lower `spec` to Linalg; `line_info` keeps the source lines of the kernel as MLIR locations."""
     require_front_end()
+    with _LOWERING:
+        text = _linalg(spec, line_info)
+    mix_mode = re.search(r'mix_mode = "(\w+)"', text)
+    if mix_mode is None:
+        raise CompileError(f"{spec.name}: the lowered module names no mix_mode", text)
+    return Lowered(re.sub(r', mix_mode\s*=\s*"[^"]*"', "", text), spec.name, mix_mode.group(1))
+
+
+def _linalg(spec: Specialization, line_info: bool) -> str:
     from triton._C.libtriton import ir
     from triton.backends.ascend.compiler import AscendBackend, make_ttir, ttir_to_linalg
     from triton.backends.compiler import GPUTarget
@@ -69,15 +79,12 @@ def lower(spec: Specialization, *, line_info: bool = False) -> Lowered:
     metadata = {"hash": spec.key(), "target": target, **options.__dict__}
     try:
         with _line_info(line_info):
-            text = ttir_to_linalg(make_ttir(module, metadata, options), metadata, options, named_ops=True)
+            return str(ttir_to_linalg(make_ttir(module, metadata, options), metadata, options, named_ops=True))
     except subprocess.CalledProcessError as error:
         log = (error.stderr or b"").decode(errors="replace")
-        reason = next((line for line in log.splitlines() if "error:" in line), "no reason given")
+        died = f"triton-adapter-opt ended with status {error.returncode}"
+        reason = next((line for line in log.splitlines() if "error:" in line), died)
         raise CompileError(f"{spec.name}: triton-ascend could not lower the kernel to Linalg: {reason}", log) from error
-    mix_mode = re.search(r'mix_mode = "(\w+)"', text)
-    if mix_mode is None:
-        raise CompileError(f"{spec.name}: the lowered module names no mix_mode", text)
-    return Lowered(re.sub(r', mix_mode\s*=\s*"[^"]*"', "", text), spec.name, mix_mode.group(1))
 
 
 @contextmanager
