@@ -53,8 +53,11 @@ def _fits(wanted: Any, value: Any) -> bool:
 def config_root() -> Path:
     """The folder of configs: the user's, the one inside the installed package, or the repository's."""
     given = settings().config_dir
-    if given is not None:
-        return given
+    return given if given is not None else _shipped_configs()
+
+
+@functools.cache
+def _shipped_configs() -> Path:
     package = Path(__file__).parent.parent
     inside = package / "autotune_configs"
     return inside if inside.is_dir() else package.parent / "autotune_configs"

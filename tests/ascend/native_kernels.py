@@ -210,7 +210,7 @@ def far(x, y, offset, N: tl.constexpr):
 @triton.jit
 def choose(m, x, z, y, N: tl.constexpr, T):
     o = tl.arange(0, N)
-    b_m = tl.load(m + o, mask=o < T, other=0)
+    b_m = tl.load(m + o, mask=o < T, other=0) != 0
     chosen = tl.where(b_m, tl.load(x + o, mask=o < T, other=0), tl.load(z + o, mask=o < T, other=0))
     tl.store(y + o, chosen, mask=o < T)
 

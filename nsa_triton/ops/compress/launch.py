@@ -42,17 +42,18 @@ class Windows:
     length: int  # L, tokens per window
     stride: int  # S, tokens between windows
 
-    @functools.cached_property
-    def segments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """First token, tokens, first window (row of the output) and windows of each segment."""
-        ends = np.asarray(self.ends, dtype=np.int64)
-        lengths = np.diff(ends, prepend=0)
-        counts = np.where(lengths >= self.length, (lengths - self.length) // self.stride + 1, 0)
-        return ends - lengths, lengths, np.cumsum(counts) - counts, counts
-
     @property
     def rows(self) -> int:
-        return int(self.segments[3].sum())
+        return int(segments(self)[3].sum())
+
+
+@functools.lru_cache(maxsize=64)
+def segments(windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """First token, tokens, first window (row of the output) and windows of each segment; cached by value."""
+    ends = np.asarray(windows.ends, dtype=np.int64)
+    lengths = np.diff(ends, prepend=0)
+    counts = np.where(lengths >= windows.length, (lengths - windows.length) // windows.stride + 1, 0)
+    return ends - lengths, lengths, np.cumsum(counts) - counts, counts
 
 
 def _split(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +67,7 @@ def _split(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache(maxsize=64)
 def window_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor:
     """[tiles, 3] first token, first window and number of windows of every tile; cached by value, on the device."""
-    first_token, _, first_row, counts = windows.segments
+    first_token, _, first_row, counts = segments(windows)
     segment, first = _split(counts, per_tile)
     columns = (
         first_token[segment] + first * windows.stride,
@@ -79,7 +80,7 @@ def window_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tenso
 @functools.lru_cache(maxsize=64)
 def chunk_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor:
     """[tiles, 5] first token, tokens and first stride-chunk of each tile, first row and windows of its segment."""
-    first_token, lengths, first_row, counts = windows.segments
+    first_token, lengths, first_row, counts = segments(windows)
     segment, first = _split(-(-lengths // windows.stride), per_tile)
     offset = first * windows.stride
     columns = (

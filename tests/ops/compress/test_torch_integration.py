@@ -58,6 +58,13 @@ def test_the_gradient_function_is_what_autograd_calls(impl):
     assert torch.equal(direct[1], weight.grad)
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "Meta", "Autograd"])
+@pytest.mark.parametrize("op", ["compress", "compress_grad"])
+def test_operators_are_registered_for_every_kind_of_device(op, key):
+    """PrivateUse1 is the NPU; it is registered by name, so that torch_npu need not be there."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nsa_triton::{op}", key)
+
+
 @every_impl
 def test_no_graph_without_need(impl):
     input, weight, ends = leaves()
