@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_triton.ascend.toolchain import front_end_problem, triton_problem
+from nsa_triton.ascend.toolchain import host_problem, triton_problem
 from nsa_triton.runtime.target import present_targets
 
 PROBLEMS = {
-    "cpu": front_end_problem,
+    "cpu": host_problem,
     "cuda": lambda: triton_problem("triton"),
     "npu": lambda: triton_problem("triton-ascend"),
 }

@@ -11,6 +11,8 @@ import pytest
 
 from tests.readme import ROOT
 
+pytest.importorskip("hatchling", reason="hatchling builds the wheel; the test extra installs it")
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):

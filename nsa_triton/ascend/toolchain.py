@@ -106,6 +106,18 @@ def front_end_problem() -> ToolchainError | None:
     return None
 
 
+def host_problem() -> ToolchainError | None:
+    """What keeps kernels from running on this CPU, or None."""
+    problem = front_end_problem()
+    if problem is not None:
+        return problem
+    if not compilers():
+        return ToolchainError("ascendnpu-ir is not installed", (INSTALL_CPU,))
+    if importlib.util.find_spec("llvmlite") is None:
+        return ToolchainError("llvmlite is not installed", (INSTALL_CPU,))
+    return None
+
+
 def require_front_end() -> None:
     problem = front_end_problem()
     if problem is not None:

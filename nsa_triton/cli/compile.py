@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    require_front_end()
     jobs = _jobs(options)
     with steps(len(jobs)) as progress:
 
@@ -54,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
 def _jobs(options: argparse.Namespace) -> list[Job]:
     """Every kernel of every case, for every chip and compiler; launches that several cases share come once."""
     chips = [chip(name) for name in options.chip or [ARCH]]
-    versions = [compiler(version) for version in options.compiler or [None]]
     cases = [case for family in families(options.op) for case in family.compile_cases()]
+    require_front_end()
+    versions = [compiler(version) for version in options.compiler or [None]]
     jobs: dict[tuple[str, str, str, str], Job] = {}
     for one in chips:
         target = ascend_target(one.name, one.vector_cores, one.cube_cores)

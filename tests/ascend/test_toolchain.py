@@ -161,7 +161,4 @@ def test_the_command_line_reports_a_clobbered_folder_without_a_traceback(tmp_pat
         assert "overwritten" in done.stderr
         assert "pip uninstall -y triton triton-ascend" in done.stderr
         assert "Traceback" not in done.stderr
-    report = subprocess.run(
-        [sys.executable, "-m", "nsa_triton", "env"], capture_output=True, text=True, env=environment
-    )
-    assert "CLOBBERED" in report.stdout
+    assert "CLOBBERED" in run("env").stdout
