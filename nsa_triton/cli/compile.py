@@ -3,6 +3,11 @@
 Reports what fits, the on-chip memory used, instructions by kind, and everything that speaks against the kernel:
 overflow, scalar fallbacks, masks that became unmasked accesses, double buffering dropped, more than 80 % of the unified
 buffer. Exits with 1 if there is any such problem. Where CANN's own `hivmc` is on PATH, it goes on to the object file.
+
+Columns: ir, the version of ascendnpu-ir; UB%, L1%, L0C%, the used share of each on-chip memory (L0A and L0B are managed
+by the cube's device templates: the module does not show them); ws KB, workspace in global memory per block; vec, cube,
+dma, sync, instructions in the program; 2buf, buffers that are doubled so that copies overlap with computing; scal,
+scalar fallbacks; s, seconds.
 """
 
 from __future__ import annotations
