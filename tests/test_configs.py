@@ -91,6 +91,13 @@ def test_falling_back_to_default_is_said_once(folder, caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_tuned_file_that_is_used_is_named(folder, caplog, tmp_path):
+    folder("AscendTest", entry())
+    with caplog.at_level(logging.INFO, logger="nsa_triton"):
+        find()
+    assert caplog.messages == [f"op: tuned config for AscendTest, using {tmp_path / 'AscendTest' / 'op.json'}"]
+
+
 def test_tiles_must_be_those_of_the_kernel(folder):
     folder("default", entry(tiles={"BT": 64, "BX": 64}))
     with pytest.raises(ConfigError, match="expected the tiles BT, got BT, BX"):

@@ -82,8 +82,7 @@ def _lookup(
                     f"{best.file}: entry for {kernel} with key {dict(best.key)}: expected the tiles "
                     f"{', '.join(tiles)}, got {', '.join(best.tiles) or 'none'}"
                 )
-            if folder == "default":
-                _say_untuned(root, op, target)
+            _say_once(op, target, best.file, folder == target)
             return best
     raise ConfigError(
         f"no config for {kernel} with key {key} and length {length} in {root}/{target}/{op}.json or "
@@ -92,8 +91,9 @@ def _lookup(
 
 
 @functools.cache
-def _say_untuned(root: Path, op: str, target: str) -> None:
-    logger.info("%s: no tuned config for %s, using %s", op, target, root / "default" / f"{op}.json")
+def _say_once(op: str, target: str, file: Path, tuned: bool) -> None:
+    found = "tuned config for %s" if tuned else "no tuned config for %s"
+    logger.info(f"%s: {found}, using %s", op, target, file)
 
 
 @functools.lru_cache(maxsize=256)
