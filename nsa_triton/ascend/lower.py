@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nsa_triton.ascend.toolchain import require_front_end
+from nsa_triton.ascend.toolchain import front_end_problem, require
 from nsa_triton.errors import ArgumentTypeError, CompileError
 
 ARCH = "Ascend910B2"  # the front end makes the same module for every A2/A3 chip
@@ -51,7 +51,7 @@ class Lowered:
 
 def lower(spec: Specialization, *, line_info: bool = False) -> Lowered:
     """Lower `spec` to Linalg; `line_info` keeps the source lines of the kernel as MLIR locations."""
-    require_front_end()
+    require(front_end_problem())
     with _LOWERING:
         text = _linalg(spec, line_info)
     mix_mode = re.search(r'mix_mode = "(\w+)"', text)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nsa_triton.ascend import elf, host_passes, host_runtime, host_tiles, lower, object_cache
 from nsa_triton.ascend.lower import Specialization
-from nsa_triton.ascend.toolchain import compiler, require_front_end
+from nsa_triton.ascend.toolchain import compiler
 from nsa_triton.errors import CompileError
 
 _log = logging.getLogger("nsa_triton")
@@ -121,7 +121,6 @@ def compile_object(spec: Specialization) -> bytes:
 
 def _llvm_ir(name: str, dialect: str) -> str:
     """MLIR's LLVM dialect -> LLVM IR, by the libraries inside triton-ascend."""
-    require_front_end()
     from triton._C.libtriton import ir, llvm
 
     llvm.init_targets()

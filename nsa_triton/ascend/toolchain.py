@@ -118,8 +118,8 @@ def host_problem() -> ToolchainError | None:
     return None
 
 
-def require_front_end() -> None:
-    problem = front_end_problem()
+def require(problem: ToolchainError | None) -> None:
+    """Raise what one of the functions above found, if anything."""
     if problem is not None:
         raise problem
 

@@ -20,7 +20,7 @@ from nsa_triton.ascend.compile import Job, compile_many
 from nsa_triton.ascend.lower import ARCH
 from nsa_triton.ascend.report import CompileReport
 from nsa_triton.ascend.report_view import report_view
-from nsa_triton.ascend.toolchain import compiler, require_front_end
+from nsa_triton.ascend.toolchain import compiler, front_end_problem, require
 from nsa_triton.cli.view import console, print_json, steps
 from nsa_triton.ops.catalog import families
 from nsa_triton.runtime.target import ascend_target
@@ -59,7 +59,7 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     """Every kernel of every case, for every chip and compiler; launches that several cases share come once."""
     chips = [chip(name) for name in options.chip or [ARCH]]
     cases = [case for family in families(options.op) for case in family.compile_cases()]
-    require_front_end()
+    require(front_end_problem())
     versions = [compiler(version) for version in options.compiler or [None]]
     jobs: dict[tuple[str, str, str, str], Job] = {}
     for one in chips:

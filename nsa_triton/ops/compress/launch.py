@@ -30,7 +30,7 @@ TILES = {
     "compress_bwd_dw_sum": ("BP", "BE"),
 }
 # Stage one of the weight gradient is cut into about this many sums: enough for the cores of every known chip. A
-# constant, because the order of summation, and with it every bit of the result, must not depend on the machine.
+# constant, because the order of summation, and with it every bit of the result, must not depend on cores or threads.
 DW_PARTS = 256
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_triton.ascend.toolchain import triton_problem
+from nsa_triton.ascend.toolchain import require, triton_problem
 
 
 class DeviceExecutor:
@@ -17,9 +17,7 @@ class DeviceExecutor:
     `multibuffer` and the like on an NPU, num_warps and num_stages on a GPU."""
 
     def __init__(self, kind: str, device: torch.device) -> None:
-        problem = triton_problem("triton-ascend" if kind == "npu" else "triton")
-        if problem is not None:
-            raise problem
+        require(triton_problem("triton-ascend" if kind == "npu" else "triton"))
         self.device = device
 
     def launch(

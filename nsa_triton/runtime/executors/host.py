@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_triton.ascend.lower import Specialization, signature_of
 from nsa_triton.ascend.native import NativeKernel, native_kernel
-from nsa_triton.ascend.toolchain import host_problem
+from nsa_triton.ascend.toolchain import host_problem, require
 from nsa_triton.errors import ArgumentValueError
 
 
@@ -18,9 +18,7 @@ class HostExecutor:
     """The executor of the cpu target: programs run on the calling thread and on worker threads."""
 
     def __init__(self) -> None:
-        problem = host_problem()
-        if problem is not None:
-            raise problem
+        require(host_problem())
         self._kernels: dict[Any, NativeKernel] = {}
 
     def launch(
