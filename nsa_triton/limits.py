@@ -1,7 +1,7 @@
 """What each operator accepts: one table of limits, and the checks that read it.
 
 Every row has two columns. The *structural* one always holds. The *documented* one is what CANN's documents say; it is
-in force inside `limits("documented")`, or with NSA_TRITON_LIMITS=documented, for users who want to know whether a
+in force too inside `limits("documented")`, or with NSA_TRITON_LIMITS=documented, for users who want to know whether a
 model would still run on CANN. To add an operator, add its rows; printed tables are made from `LIMITS` too.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,20 +27,22 @@ Quantities = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Range:
-    """An integer from `minimum` to `maximum`, both included, that is divisible by `multiple_of`."""
+    """An integer from `minimum` to `maximum` (None: no end), both included, that is divisible by `multiple_of`."""
 
     minimum: Bound
-    maximum: Bound
+    maximum: Bound | None = None
     multiple_of: Bound = 1
     error: ClassVar[type[ArgumentError]] = ArgumentValueError
 
     def accepts(self, value: Any, given: Quantities) -> bool:
-        low, high, step = (_value(bound, given) for bound in (self.minimum, self.maximum, self.multiple_of))
-        return bool(low <= value <= high and value % step == 0)
+        low, step = _value(self.minimum, given), _value(self.multiple_of, given)
+        below = self.maximum is None or value <= _value(self.maximum, given)
+        return bool(low <= value and below and value % step == 0)
 
     def text(self, given: Quantities | None = None) -> str:
-        low, high, step = (_text(bound, given) for bound in (self.minimum, self.maximum, self.multiple_of))
-        return f"{'an integer' if step == '1' else f'a multiple of {step}'} from {low} to {high}"
+        low, step = _text(self.minimum, given), _text(self.multiple_of, given)
+        kind = "an integer" if step == "1" else f"a multiple of {step}"
+        return f"{kind}, at least {low}" if self.maximum is None else f"{kind} from {low} to {_text(self.maximum, given)}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class Equal:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """One of a few numbers."""
+
+    choices: tuple[int, ...]
+    error: ClassVar[type[ArgumentError]] = ArgumentValueError
+
+    def accepts(self, value: Any, given: Quantities) -> bool:
+        return value in self.choices
+
+    def text(self, given: Quantities | None = None) -> str:
+        return _listed(map(str, self.choices))
+
+
+@dataclass(frozen=True)
 class Dtype:
     """One of a few element types."""
 
@@ -68,11 +84,15 @@ class Dtype:
         return value in self.choices
 
     def text(self, given: Quantities | None = None) -> str:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in self.choices)
-        return f"{', '.join(others)} or {last}"
+        return _listed(str(dtype).removeprefix("torch.") for dtype in self.choices)
 
 
-Rule = Range | Equal | Dtype
+def _listed(choices: Iterable[str]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}"
+
+
+Rule = Range | Equal | OneOf | Dtype
 
 
 @dataclass(frozen=True)
@@ -87,10 +107,10 @@ class Limit:
     hint: str = ""
 
     def check(self, given: Quantities, mode: str) -> None:
-        rule = self.documented if mode == "documented" else self.structural
-        if not rule.accepts(given[self.quantity], given):
-            source = " (documented limit of CANN)" if mode == "documented" else ""
-            raise rule.error(self.argument, rule.text(given) + source, given[self.quantity], self.hint)
+        rules = [(self.structural, ""), (self.documented, " (documented limit of CANN)")]
+        for rule, source in rules if mode == "documented" else rules[:1]:
+            if not rule.accepts(given[self.quantity], given):
+                raise rule.error(self.argument, rule.text(given) + source, given[self.quantity], self.hint)
 
 
 def _value(bound: Bound, given: Quantities) -> Any:
@@ -105,16 +125,12 @@ def _same(op: str, quantity: str, argument: str, rule: Rule, hint: str = "") -> 
     return Limit(op, quantity, argument, structural=rule, documented=rule, hint=hint)
 
 
+_DTYPE = Dtype((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_HALF = Dtype((torch.float16, torch.bfloat16))
+
 # In the order in which they are checked. The rows of nsa_compress also hold for its gradient.
-LIMITS: tuple[Limit, ...] = (
-    Limit(
-        "nsa_compress",
-        "dtype",
-        "input.dtype",
-        structural=Dtype((torch.float16, torch.bfloat16, torch.float32, torch.float64)),
-        documented=Dtype((torch.float16, torch.bfloat16)),
-        hint="Convert input and weight with .to(dtype)",
-    ),
+_COMPRESS: tuple[Limit, ...] = (
+    Limit("nsa_compress", "dtype", "input.dtype", _DTYPE, _HALF, "Convert input and weight with .to(dtype)"),
     _same("nsa_compress", "compress_block_size", "compress_block_size", Range(16, 128, multiple_of=16)),
     _same("nsa_compress", "compress_stride", "compress_stride", Range(16, "compress_block_size", multiple_of=16)),
     _same("nsa_compress", "N", "input.shape[1] (N)", Range(1, 128), "Split the heads over several calls"),
@@ -134,6 +150,75 @@ LIMITS: tuple[Limit, ...] = (
         Equal("T"),
         "The list holds prefix sums (s0, s0 + s1, ...), not the length of each segment; T is input.shape[0]",
     ),
+)
+
+
+def _compress_infer() -> Iterator[Limit]:
+    op = "nsa_compress_infer"
+    yield Limit(op, "dtype", "input.dtype", _DTYPE, _HALF, "Convert input, weight and cache with .to(dtype)")
+    window = Range(16, 128, multiple_of=16)
+    yield Limit(op, "compress_block_size", "compress_block_size", window, Range(16, 64, multiple_of=16))
+    yield _same(op, "compress_stride", "compress_stride", Range(16, "compress_block_size", multiple_of=16))
+    yield Limit(op, "page_block_size", "page_block_size", Range(16, multiple_of=16), OneOf((64, 128)))
+    yield Limit(op, "B", "len(actual_seq_len) (B)", Range(1), Range(1, 2048))
+    yield Limit(op, "N", "input heads (N)", Range(1), Range(1, 64))
+    yield Limit(op, "D", "input head size (D)", Range(1), Range(16, 256, multiple_of=16))
+    yield Limit(op, "new_tokens", "new_tokens", Range(1), Equal(1), "CANN sees the newest token only")
+    yield _same(op, "weight.shape[0]", "weight.shape[0]", Equal("compress_block_size"))
+    yield _same(op, "weight.shape[1]", "weight.shape[1]", Equal("N"), "weight is [compress_block_size, N]")
+    yield _same(op, "cache.shape[1]", "cache.shape[1]", Equal("N"), "cache is [rows, N, D]")
+    yield _same(op, "cache.shape[2]", "cache.shape[2]", Equal("D"), "cache is [rows, N, D]")
+
+
+def _attention_heads(op: str, max_group: int) -> Iterator[Limit]:
+    """What both attention operators ask of heads."""
+    hint = "head_num and key_value_head_num say how the last dimensions are cut into heads"
+    yield _same(op, "N1", "head_num", Equal("query heads"), hint)
+    yield _same(op, "N2", "key_value_head_num", Equal("key heads"), hint)
+    yield _same(op, "value heads", "value heads", Equal("N2"), hint)
+    yield _same(op, "head_num", "head_num", Range("N2", multiple_of="N2"), "Each kv head serves equally many heads")
+    yield Limit(op, "G", "head_num / key_value_head_num (G)", Range(1), Range(1, max_group))
+    yield _same(op, "key head size", "key head size", Equal("Dk"), "Queries and keys are multiplied")
+
+
+def _compress_attention_infer() -> Iterator[Limit]:
+    op = "nsa_compress_attention_infer"
+    sixteens, sizes = Range(16, multiple_of=16), OneOf((16, 32, 64))
+    blocks = Range("compress_block_size", multiple_of="compress_stride")
+    yield Limit(op, "dtype", "query.dtype", _DTYPE, _HALF, "Convert query, key and value with .to(dtype)")
+    yield Limit(op, "compress_block_size", "compress_block_size", sixteens, sizes)
+    strides = Range(16, "compress_block_size", multiple_of=16)
+    yield Limit(op, "compress_stride", "compress_stride", strides, sizes)
+    yield Limit(op, "select_block_size", "select_block_size", blocks, sizes, "Blocks are made of whole strides")
+    yield Limit(op, "select_block_count", "select_block_count", Range(1), Range(1, 4096))
+    yield Limit(op, "page_block_size", "page_block_size", sixteens, Range(16, 128, multiple_of=16))
+    yield from _attention_heads(op, 128)
+    yield Limit(op, "128 % G", "128 % G", Range(0), Equal(0), "CANN takes groups that divide 128")
+    yield Limit(op, "Dk", "query head size (Dk)", Range(1), Range(1, 192))
+    yield Limit(op, "Dv", "value head size (Dv)", Range(1), Range(1, 128))
+    yield Limit(op, "S", "query tokens per batch (S)", Range(1), Equal(1))
+
+
+def _select_attention_infer() -> Iterator[Limit]:
+    op = "nsa_select_attention_infer"
+    sixteens = Range(16, multiple_of=16)
+    yield Limit(op, "dtype", "query.dtype", _DTYPE, _HALF, "Convert query, key and value with .to(dtype)")
+    yield Limit(op, "select_block_size", "select_block_size", sixteens, Range(16, 128, multiple_of=16))
+    yield _same(op, "select_block_count", "select_block_count", Equal("topk_indices.shape[-1]"))
+    yield Limit(op, "page_block_size", "page_block_size", sixteens, OneOf((64, 128)))
+    yield from _attention_heads(op, 16)
+    yield Limit(op, "B", "batches (B)", Range(1), Range(1, 3072))
+    yield Limit(op, "key_value_head_num", "key_value_head_num", Range(1), Range(1, 256))
+    yield Limit(op, "Dk", "query head size (Dk)", Range(1), Equal(192))
+    yield Limit(op, "Dv", "value head size (Dv)", Range(1), Equal(128))
+    yield Limit(op, "S", "query tokens per batch (S)", Range(1), Range(1, 4))
+
+
+LIMITS: tuple[Limit, ...] = (
+    *_COMPRESS,
+    *_compress_infer(),
+    *_compress_attention_infer(),
+    *_select_attention_infer(),
 )
 
 

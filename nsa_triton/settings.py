@@ -14,6 +14,7 @@ VARIABLES = {
     "NSA_TRITON_CONFIG_DIR": "folder of tuned configs that replaces the shipped autotune_configs",
     "NSA_TRITON_COMPILERS": "further folders that hold an ascendnpuir package, separated like PATH",
     "NSA_TRITON_LIMITS": "structural (default) or documented: also refuse what CANN's documents refuse",
+    "NSA_TRITON_CHECK_INDICES": "0 (default) or 1: read block tables, ids, slots and lengths back and refuse bad entries",
 }
 
 
@@ -23,6 +24,7 @@ class Settings:
     config_dir: Path | None
     compilers: tuple[Path, ...]
     limits: str
+    check_indices: bool
 
 
 def settings() -> Settings:
@@ -48,4 +50,5 @@ def _parse(values: tuple[str | None, ...]) -> Settings:
         config_dir=Path(config_dir) if config_dir is not None else None,
         compilers=tuple(Path(place) for place in given.get("NSA_TRITON_COMPILERS", "").split(os.pathsep) if place),
         limits=one_of("NSA_TRITON_LIMITS", "structural", ("structural", "documented")),
+        check_indices=one_of("NSA_TRITON_CHECK_INDICES", "0", ("0", "1")) == "1",
     )

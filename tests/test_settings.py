@@ -27,6 +27,7 @@ def test_defaults():
     assert now.limits == "structural"
     assert now.config_dir is None
     assert now.compilers == ()
+    assert now.check_indices is False
     assert now.cache_dir == Path.home() / ".cache" / "nsa_triton"
 
 
@@ -40,11 +41,13 @@ def test_an_empty_variable_is_no_variable(monkeypatch):
 def test_values_are_read_at_every_call(monkeypatch, tmp_path):
     assert settings() is settings()
     monkeypatch.setenv("NSA_TRITON_LIMITS", "documented")
+    monkeypatch.setenv("NSA_TRITON_CHECK_INDICES", "1")
     monkeypatch.setenv("NSA_TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("NSA_TRITON_COMPILERS", os.pathsep.join(["/one", "/two"]))
     now = settings()
     assert now.limits == "documented"
+    assert now.check_indices is True
     assert (now.cache_dir, now.config_dir) == (tmp_path / "cache", tmp_path)
     assert now.compilers == (Path("/one"), Path("/two"))
     monkeypatch.setenv("NSA_TRITON_LIMITS", "structural")
@@ -57,6 +60,7 @@ def test_values_are_read_at_every_call(monkeypatch, tmp_path):
         ("NSA_TRITON_LIMITS", "Documented"),
         ("NSA_TRITON_LIMITS", "none"),
         ("NSA_TRITON_CONFIG_DIR", "/no/such/folder"),
+        ("NSA_TRITON_CHECK_INDICES", "yes"),
     ],
 )
 def test_a_bad_value_names_the_variable_and_itself(monkeypatch, name, value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 
 _EXPECTED = "a list or tuple of ints, a numpy integer array, or a 1-D integer tensor on the CPU"
-_INTEGER_DTYPES = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
+INTEGER_DTYPES = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
 
 def host_ints(lengths: Any, argument: str) -> tuple[int, ...]:
@@ -37,7 +38,7 @@ def _as_int(entry: Any, argument: str) -> int:
 
 
 def _tensor_ints(lengths: torch.Tensor, argument: str) -> tuple[int, ...]:
-    if lengths.dtype not in _INTEGER_DTYPES:
+    if lengths.dtype not in INTEGER_DTYPES:
         raise ArgumentTypeError(argument, _EXPECTED, f"a tensor of {lengths.dtype}")
     if lengths.device.type != "cpu":
         raise ArgumentValueError(
@@ -73,3 +74,42 @@ def check_prefix_ends(ends: tuple[int, ...], argument: str, leading_zero: bool) 
                 f"{ends[index - 1]} then {ends[index]} at index {index}",
                 "Segment lengths s0, s1, ... are passed as s0, s0 + s1, ... (itertools.accumulate)",
             )
+
+
+def batch_lengths(lengths: Any, argument: str, batch: int, device: torch.device) -> torch.Tensor:
+    """One length per batch as an int32 tensor [B] on `device`; a tensor that is there already is not read.
+
+    Lengths on the host are checked here, and their tensor is cached by value: the layers of a model share one copy.
+    """
+    if isinstance(lengths, torch.Tensor) and lengths.device.type != "cpu":
+        return _lengths_on_device(lengths, argument, batch, device)
+    if torch.compiler.is_compiling():  # checked by the registered operator as far as shapes go
+        return torch.as_tensor(lengths, dtype=torch.int32).to(device)
+    values = host_ints(lengths, argument)
+    check_batch_lengths(values, argument, batch)
+    return _tensor_of(values, device)
+
+
+def check_batch_lengths(values: tuple[int, ...], argument: str, batch: int) -> None:
+    if len(values) != batch:
+        expected = f"{batch} lengths, one per batch"
+        raise ArgumentValueError(argument, expected, f"{len(values)} entries", "They are lengths, not prefix sums")
+    for index, value in enumerate(values):
+        if value < 0:
+            raise ArgumentValueError(argument, "lengths of at least 0", f"{value} at index {index}")
+
+
+def _lengths_on_device(lengths: torch.Tensor, argument: str, batch: int, device: torch.device) -> torch.Tensor:
+    if lengths.dtype not in INTEGER_DTYPES:
+        raise ArgumentTypeError(argument, "an integer tensor", f"a tensor of {lengths.dtype}")
+    if lengths.device != device:
+        expected = f"a tensor on {device}, or lengths on the host"
+        raise ArgumentValueError(argument, expected, f"a tensor on {lengths.device}")
+    if tuple(lengths.shape) != (batch,):
+        raise ArgumentValueError(argument, f"shape [{batch}], one length per batch", f"shape {list(lengths.shape)}")
+    return lengths.to(torch.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def _tensor_of(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
