@@ -42,7 +42,9 @@ class Range:
     def text(self, given: Quantities | None = None) -> str:
         low, step = _text(self.minimum, given), _text(self.multiple_of, given)
         kind = "an integer" if step == "1" else f"a multiple of {step}"
-        return f"{kind}, at least {low}" if self.maximum is None else f"{kind} from {low} to {_text(self.maximum, given)}"
+        if self.maximum is None:
+            return f"{kind}, at least {low}"
+        return f"{kind} from {low} to {_text(self.maximum, given)}"
 
 
 @dataclass(frozen=True)

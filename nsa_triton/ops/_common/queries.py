@@ -41,8 +41,8 @@ def unpacked(output: Tensor, layout: str, query: Tensor) -> Tensor:
     """[T, N, D] as the layout has it, for the query that was packed; a BSH output has its heads folded."""
     if layout == "TND":
         return output
-    output = output.unflatten(0, query.shape[:2])
-    return output.flatten(2, 3) if layout == "BSH" else output
+    batch, tokens, (heads, size) = *query.shape[:2], output.shape[1:]
+    return output.view(batch, tokens, heads * size) if layout == "BSH" else output.view(batch, tokens, heads, size)
 
 
 def with_heads(tensor: Tensor, heads: int, argument: str, heads_argument: str) -> Tensor:
@@ -53,7 +53,8 @@ def with_heads(tensor: Tensor, heads: int, argument: str, heads_argument: str) -
     if heads < 1 or tensor.shape[2] % heads:
         expected = f"a multiple of {heads_argument} = {heads}"
         raise ArgumentValueError(f"{argument}.shape[2]", expected, tensor.shape[2], "It is heads times head size")
-    return tensor.unflatten(2, (heads, tensor.shape[2] // heads))
+    split: Tensor = tensor.unflatten(2, (heads, tensor.shape[2] // heads))  # type: ignore[no-untyped-call]
+    return split
 
 
 def query_rows(qlen: Any, layout: str, query: Tensor, batch: int) -> Tensor | None:
