@@ -40,6 +40,14 @@ class Target:
             return max(1, n_items)  # the hardware scheduler balances better than a loop
         return max(1, min(n_items, self.cube_cores if uses_cube else self.vector_cores))
 
+    def splits(self, n_items: int, *, most: int) -> int:
+        """Into how many parts to split each of `n_items` items of work on the cube, so that few items fill the chip.
+
+        A CPU counts as 8 cores whatever its threads: the parts decide the order of summation, and with it the bits.
+        """
+        cores = {"npu": self.cube_cores, "cuda": 2 * self.cube_cores, "cpu": 8}[self.kind]
+        return max(1, min(most, cores // n_items))
+
     def tile(self, size: int) -> int:
         """The shortest tile that holds `size` elements: Ascend takes any length, upstream Triton powers of two."""
         return size if self.is_ascend_code else 1 << max(0, size - 1).bit_length()

@@ -1,0 +1,244 @@
+"""Plans and runs the two launches of nsa_compress_attention_infer: attention with block sums, then scores and choice."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_triton.ops._common.paged_plan import LSE_COPIES, PagedPlan, cut_length
+from nsa_triton.ops.compress_attention_infer import kernels
+from nsa_triton.runtime.launch import Launch
+from nsa_triton.runtime.target import Target, target_of
+
+OP = "compress_attention_infer"
+# BR rows (heads times query tokens) and BN compressed tokens per tile; BE blocks that are looked at at once.
+TILES = {"compress_attention_split": ("BR", "BN"), "compress_attention_choose": ("BE",)}
+MOST_QUERIES = 4  # query tokens per tile
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How tiles of compressed tokens lie to selection blocks."""
+
+    block: int  # l, raw tokens per compression window
+    stride: int  # d, raw tokens between windows
+    select: int  # l', raw tokens per selection block
+    cut: int  # compressed tokens per tile
+    shift: int  # 0 for CANN's scores, 1 for true overlap
+
+    @property
+    def strides(self) -> int:
+        """M, strides per selection block."""
+        return self.select // self.stride
+
+    @property
+    def reach(self) -> int:
+        """NN, strides per window."""
+        return self.block // self.stride
+
+    @property
+    def phases(self) -> int:
+        return 1 if self.cut % self.strides == 0 else self.strides
+
+    @property
+    def touched(self) -> int:
+        """The most blocks that the tokens of a tile may count for, and at least two more than it completes."""
+        return -(-(self.cut + self.strides + self.reach) // self.strides) + 1
+
+    def first_block(self, tile: np.ndarray | int) -> np.ndarray | int:
+        return (tile * self.cut + self.shift + self.strides - 1) // self.strides - 1
+
+
+@functools.lru_cache(maxsize=64)
+def fold_weights(geometry: Geometry, tokens: int, columns: int, device: torch.device) -> Tensor:
+    """[phases, tokens, columns] how often token x of a tile counts for block c, by the distance x0 of tile and block.
+
+    The multiplicity of offset u = M c - x + x0 is min(u + 1, NN, M + NN - 1 - u), if that is positive.
+    """
+    distance = np.arange(geometry.strides) if geometry.phases > 1 else np.array([_phase(geometry, 0)])
+    u = geometry.strides * np.arange(columns) - np.arange(tokens)[:, None] + distance[:, None, None]
+    counts = np.minimum(np.minimum(u + 1, geometry.reach), geometry.strides + geometry.reach - 1 - u)
+    counts[:, geometry.cut :] = 0
+    return torch.from_numpy(np.maximum(counts, 0).astype(np.float32)).to(device)
+
+
+def _phase(geometry: Geometry, tile: int) -> int:
+    return (int(geometry.first_block(tile)) + 1) * geometry.strides - geometry.shift - tile * geometry.cut
+
+
+@functools.lru_cache(maxsize=64)
+def first_blocks(geometry: Geometry, tiles: int, device: torch.device) -> Tensor:
+    """[tiles] the first block that the tokens of each tile may count for, as float32."""
+    return torch.from_numpy(np.asarray(geometry.first_block(np.arange(tiles)), dtype=np.float32)).to(device)
+
+
+class Plan(PagedPlan):
+    """The shapes, tiles and workspace of one call."""
+
+    def __init__(
+        self, target: Target, query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, geometry: tuple[int, ...]
+    ) -> None:
+        super().__init__(OP, target, query, key, value, block_table)
+        each = -(-self.tokens // self.batch)
+        self.split_config = self._config("compress_attention_split", geometry, {"queries": each})
+        self.choose_config = self._config("compress_attention_choose", geometry, {})
+        block, stride, select, shift = geometry
+        self.geometry = Geometry(block, stride, select, cut_length(self.page, self.split_config.tiles["BN"]), shift)
+        rows = self.split_config.tiles["BR"]
+        self.head_rows = min(rows, self.group)
+        self.queries = max(1, min(MOST_QUERIES, each, rows // self.group))
+        self.columns = self.dot_tile(-(-self.geometry.touched // 8) * 8)
+        self.tiles = -(-self.pages_per_batch * self.page // self.geometry.cut)
+        self.items = self.batch * self.kv_heads * -(-self.group // self.head_rows)
+        self.splits = target.splits(self.items, most=self.tiles)
+        self.workspace = self._workspace()
+
+    def _config(self, kernel: str, geometry: tuple[int, ...], more: dict[str, int]):
+        block, stride, select, _ = geometry
+        return self.config(kernel, TILES[kernel], {"strides": select // stride, **more})
+
+    def _workspace(self) -> dict[str, Tensor]:
+        """What the first launch leaves for the second; 1 / M of the size of a float32 score per head and token."""
+        rows = (self.kv_heads, self.tokens, self.group)
+        shapes = {
+            "o": (*rows, self.splits, self.value_dim),
+            "lse": (*rows, self.splits, LSE_COPIES),
+            "sums": (*rows, self.tiles, self.columns),
+            "edges": (*rows, self.tiles + 1, LSE_COPIES),
+        }
+        return {
+            name: torch.empty(shape, dtype=torch.float32, device=self.device) for name, shape in shapes.items()
+        }
+
+
+def plan_split(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    raw_lengths: Tensor | None,
+    scale: float,
+) -> Launch:
+    geometry = plan.geometry
+    heads = plan.head_rows
+    if plan.target.is_ascend_code:
+        # A tile of one row is not a matrix to the compiler; a second, masked one costs nothing.
+        heads = max(heads, 2 if plan.queries == 1 else 1)
+    else:
+        heads = max(plan.target.tile(heads), 16 // plan.queries)
+    queries = plan.target.tile(plan.queries)
+    tokens = plan.dot_tile(geometry.cut)
+    arguments = {
+        "q": query, "k": key, "v": value, "table": block_table, "lengths": lengths,
+        "rows": lengths if rows is None else rows, "raw_lengths": lengths if raw_lengths is None else raw_lengths,
+        "weights": fold_weights(geometry, tokens, plan.columns, plan.device), **plan.workspace, "scale": scale,
+        "n_items": plan.items * plan.splits, "n_tokens": plan.tokens // plan.batch, "n_rows_all": plan.tokens,
+        "n_table": plan.pages_per_batch, "n_pages": plan.pages, "n_tiles_all": plan.tiles, "N2": plan.kv_heads,
+        **plan.strides,
+    }  # fmt: skip
+    constexprs = {
+        "G": plan.group, "P": plan.page, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
+        "M": geometry.strides, "SHIFT": geometry.shift, "PHASES": geometry.phases, "SPLITS": plan.splits,
+        "W": LSE_COPIES, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
+        "BQ": queries, "BH": heads, "BN": tokens, "BJ": plan.columns, **plan.head_tiles,
+    }  # fmt: skip
+    items = plan.items * plan.splits
+    return plan.launch(
+        kernels.compress_attention_split, items, arguments, constexprs, plan.split_config, uses_cube=True
+    )
+
+
+def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, ids: Tensor) -> Launch:
+    geometry, target = plan.geometry, plan.target
+    # A power of two for every target, so that caches of similar size share one compiled kernel.
+    most = plan.choose_config.tiles["BE"] // plan.columns
+    wanted = 1 << plan.tiles.bit_length()  # tiles + 1 or more
+    tiles = max(1, min(wanted, 1 << most.bit_length() - 1 if not target.is_ascend_code else most))
+    items = plan.batch * plan.kv_heads
+    chunks = -(-(plan.tiles + 1) // tiles)
+    arguments = {
+        **plan.workspace, "firsts": first_blocks(geometry, (chunks + 1) * tiles + 1, plan.device), "lengths": lengths,
+        "rows": lengths if rows is None else rows, "out": out, "ids": ids, "n_items": items,
+        "n_tokens": plan.tokens // plan.batch, "n_rows_all": plan.tokens, "n_tiles_all": plan.tiles,
+        "N2": plan.kv_heads,
+    }  # fmt: skip
+    count = ids.shape[2]
+    constexprs = {
+        "G": plan.group, "K": count, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
+        "BLOCK": geometry.select, "SPLITS": plan.splits, "W": LSE_COPIES, "RAGGED": rows is not None,
+        "BS": target.tile(plan.splits), "BJ": plan.columns, "BT": tiles, "BC": target.tile(count),
+        "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
+    }  # fmt: skip
+    return plan.launch(
+        kernels.compress_attention_choose, items, arguments, constexprs, plan.choose_config, uses_cube=False
+    )
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    raw_lengths: Tensor | None,
+    scale: float,
+    compress_block_size: int,
+    compress_stride: int,
+    select_block_size: int,
+    select_block_count: int,
+    importance: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [T, N1, DV] and ids [T, N2, K] on the device of `query`; the arguments are those of the operator."""
+    target = target_of(query.device)
+    shape = (compress_block_size, compress_stride, select_block_size, int(importance == "overlap"))
+    plan = Plan(target, query, key, value, block_table, shape)
+    out = query.new_empty((plan.tokens, plan.heads, plan.value_dim))
+    ids = query.new_empty((plan.tokens, plan.kv_heads, select_block_count), dtype=torch.int32)
+    if rows is not None:  # the kernels do not come to rows that are nobody's
+        out.zero_()
+        ids.fill_(-1)
+    split = plan_split(plan, query, key, value, block_table, lengths, rows, raw_lengths, scale)
+    for launch in (split, plan_choose(plan, lengths, rows, out, ids)):
+        launch.run(target, query.device)
+    return out, ids
+
+
+def compile_plans(
+    target: Target,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    compress_block_size: int,
+    compress_stride: int,
+    block: int,
+    count: int,
+    page: int,
+    tokens: int,
+    max_tokens: int,
+) -> list[Launch]:
+    """Every launch of the op for one shape, on meta tensors: what `nsa-triton compile` gives to the Ascend compiler."""
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, ints = batch * tokens, torch.int32
+    query, lengths = meta(rows, heads, key_dim), meta(batch, dtype=ints)
+    key, value = meta(1024, page, kv_heads, key_dim), meta(1024, page, kv_heads, value_dim)
+    table = meta(batch, -(-max_tokens // page), dtype=ints)
+    plan = Plan(target, query, key, value, table, (compress_block_size, compress_stride, block, 0))
+    hides = lengths if tokens > 1 else None
+    return [
+        plan_split(plan, query, key, value, table, lengths, None, hides, 1.0),
+        plan_choose(plan, lengths, None, meta(rows, heads, value_dim), meta(rows, kv_heads, count, dtype=ints)),
+    ]

@@ -1,0 +1,155 @@
+"""Kernels of nsa_select_attention_infer: attention of a few query tokens over selected blocks of a paged cache.
+
+    s[h, i] = scale q[t, h, :] k[i, :]       over the tokens i of the blocks that ids[t, n, :] names
+    out[t, h, :] = sum_i exp(s[h, i] - lse[h]) v[i, :]
+
+Names: T rows of q, N1 query heads and N2 kv heads, G = N1 / N2 heads in the group of one kv head; K ids per row, L
+tokens per block, P tokens per page. The heads of a group are the rows of a tile. A piece is what a block and a page (or
+a cut, the part of a page that fits a tile) have in common: its keys and values are one load each. The list of ids is cut into splits, so that one sequence
+alone keeps all cores busy; a second kernel joins the splits in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_triton.ops._common.primitives import (
+    MASKED,
+    NO_SCORE,
+    join_splits,
+    page_at,
+    softmax_end,
+    softmax_step,
+    split_weights,
+)
+
+
+@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_table", "n_pages"])
+def select_attention_split(
+    q,  # [T, N1, DK]
+    k,  # [n_pages, P, N2, DK]
+    v,  # [n_pages, P, N2, DV]
+    ids,  # [T, N2, K] int32
+    table,  # [B, n_table] int32, page ids
+    lengths,  # [B] int32, tokens in the cache
+    rows,  # [B, 2] int32, first row of q and query tokens; dead if not RAGGED
+    o,  # [T, N1, SPLITS, DV] float32, or the output itself
+    lse,  # [T, N1, SPLITS, W] float32
+    scale,
+    n_items,
+    n_tokens,  # query tokens per batch, if not RAGGED
+    n_table,
+    n_pages,
+    N2,
+    q_t,  # strides
+    q_h,
+    k_p,
+    k_i,
+    k_n,
+    v_p,
+    v_i,
+    v_n,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    CUT: tl.constexpr,  # tokens that are loaded at once; divides P
+    PIECES: tl.constexpr,  # cuts that a block may touch
+    SPLITS: tl.constexpr,
+    W: tl.constexpr,  # how often the log-sum-exp is stored: once, or a row of 32 bytes for the kernel that joins splits
+    RAGGED: tl.constexpr,
+    BH: tl.constexpr,  # heads per tile
+    BN: tl.constexpr,  # tokens per tile: those of the longest piece
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,  # DK, or the power of two above it
+    BV: tl.constexpr,  # DV, or the power of two above it
+):
+    o_h = tl.arange(0, BH)
+    o_n = tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    o_w = tl.arange(0, W)
+    n_tiles = (G + BH - 1) // BH
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        i_split = i_item % SPLITS
+        i_h = i_item // SPLITS % n_tiles * BH
+        i_n = i_item // (SPLITS * n_tiles) % N2
+        i_b = i_item // (SPLITS * n_tiles) // N2
+        if RAGGED:
+            i_first = tl.load(rows + i_b * 2)
+            n_rows = tl.load(rows + i_b * 2 + 1)
+        else:
+            i_first = i_b * n_tokens
+            n_rows = n_tokens
+        n_kv = tl.load(lengths + i_b)
+        p_table = table + i_b.to(tl.int64) * n_table
+        for i_t in range(0, n_rows):
+            i_row = (i_first + i_t).to(tl.int64)
+            n_visible = n_kv - (n_rows - 1 - i_t)
+            n_blocks = (n_visible + L - 1) // L
+            # [BH, BK]
+            p_q = q + i_row * q_t + (i_n * G + i_h) * q_h
+            m_h = o_h < G - i_h
+            b_q = tl.load(p_q + o_h[:, None] * q_h + o_k[None, :], mask=m_h[:, None] & (o_k < DK)[None, :], other=0.0)
+            # [BH], [BH], [BH, BV]
+            b_m = tl.full([BH], NO_SCORE, tl.float32)
+            b_z = tl.zeros([BH], tl.float32)
+            b_o = tl.zeros([BH, BV], tl.float32)
+            for i_piece in range(i_split * K // SPLITS * PIECES, (i_split + 1) * K // SPLITS * PIECES):
+                i_block = tl.load(ids + (i_row * N2 + i_n) * K + i_piece // PIECES)
+                exists = (i_block >= 0) & (i_block < n_blocks)
+                i_begin = tl.where(exists, i_block, 0) * L
+                i_end = tl.where(exists, tl.minimum(i_begin + L, n_visible), 0)
+                i_cut = (i_begin // CUT + i_piece % PIECES) * CUT
+                i_i = tl.maximum(i_begin, i_cut)
+                n_i = tl.minimum(i_end, i_cut + CUT) - i_i
+                i_page = page_at(p_table, i_cut // P, n_table, n_pages)
+                m_n = (o_n < n_i)[:, None]
+                # [BN, BK]
+                p_k = k + i_page * k_p + i_i % P * k_i + i_n * k_n
+                b_k = tl.load(p_k + o_n[:, None] * k_i + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
+                # [BH, BN]
+                b_bias = tl.minimum((n_i - 0.5 - o_n.to(tl.float32)) * MASKED, 0.0)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale + b_bias[None, :]
+                # [BN, BV]
+                p_v = v + i_page * v_p + i_i % P * v_i + i_n * v_n
+                b_v = tl.load(p_v + o_n[:, None] * v_i + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
+                b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
+            b_out, b_lse = softmax_end(b_m, b_z, b_o)
+            i_out = (i_row * N2 + i_n) * G + i_h
+            p_o = o + (i_out * SPLITS + i_split) * DV
+            m_o = m_h[:, None] & (o_v < DV)[None, :]
+            tl.store(p_o + o_h[:, None] * (SPLITS * DV) + o_v[None, :], b_out.to(o.dtype.element_ty), mask=m_o)
+            p_lse = lse + (i_out * SPLITS + i_split) * W
+            if SPLITS == 1:
+                tl.store(p_lse + o_h, tl.where(b_lse > NO_SCORE, b_lse, float("-inf")), mask=m_h)
+            else:
+                b_rows = b_lse[:, None] + tl.zeros([BH, W], tl.float32)
+                tl.store(p_lse + o_h[:, None] * (SPLITS * W) + o_w[None, :], b_rows, mask=m_h[:, None] & (o_w < W)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_items"])
+def select_attention_join(
+    o,  # [T, N1, SPLITS, DV] float32
+    lse,  # [T, N1, SPLITS, W] float32
+    out,  # [T, N1, DV]
+    out_lse,  # [T, N1] float32
+    n_items,  # T * N1
+    SPLITS: tl.constexpr,
+    DV: tl.constexpr,
+    W: tl.constexpr,
+    BS: tl.constexpr,  # SPLITS, or the power of two above it
+    BV: tl.constexpr,  # DV, or the power of two above it
+):
+    """The splits of each head, added in a fixed order."""
+    o_s = tl.arange(0, BS)
+    o_w = tl.arange(0, W)
+    o_v = tl.arange(0, BV)
+    o_1 = tl.arange(0, 1)
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        i_out = i_item.to(tl.int64)
+        b_weight, b_lse = split_weights(lse + i_out * (SPLITS * W), o_s, o_w, SPLITS, W)
+        b_out = join_splits(o + i_out * (SPLITS * DV), b_weight, o_s, o_v, SPLITS, DV)
+        tl.store(out + i_out * DV + o_v, b_out.to(out.dtype.element_ty), mask=o_v < DV)
+        b_lse = tl.where(b_lse > 0.5 * NO_SCORE, b_lse, float("-inf"))
+        tl.store(out_lse + i_out + o_1, b_lse)
