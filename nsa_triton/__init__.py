@@ -15,7 +15,8 @@ from nsa_triton.errors import (
 )
 from nsa_triton.limits import limits
 from nsa_triton.ops.compress import nsa_compress, nsa_compress_grad
-from nsa_triton.vendor import npu_nsa_compress, npu_nsa_compress_grad
+from nsa_triton.ops.compress_infer import nsa_compress_infer
+from nsa_triton.vendor import npu_nsa_compress, npu_nsa_compress_grad, npu_nsa_compress_infer
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,8 @@ __all__ = [
     "limits",
     "npu_nsa_compress",
     "npu_nsa_compress_grad",
+    "npu_nsa_compress_infer",
     "nsa_compress",
     "nsa_compress_grad",
+    "nsa_compress_infer",
 ]

@@ -41,6 +41,15 @@ def test_own_and_vendor_names_take_the_same_arguments():
         assert inspect.signature(own) == inspect.signature(vendor)
 
 
+def test_paged_operators_have_the_positional_arguments_of_torch_npu():
+    expected = {
+        nsa_triton.npu_nsa_compress_infer: ["input", "weight", "slot_mapping", *INTEGERS, "page_block_size"],
+    }
+    for function, positional in expected.items():
+        parameters = inspect.signature(function).parameters.values()
+        assert [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == positional
+
+
 def test_npu_lengths_are_required_and_may_begin_with_empty_segments():
     input, weight = torch.randn(49, 2, 16), torch.randn(32, 2)
     with pytest.raises(ArgumentTypeError, match="actual_seq_len"):

@@ -66,6 +66,19 @@ FAMILIES = (
             ),
         ),
     ),
+    Family(
+        "compress_infer",
+        (
+            Op(
+                "nsa_compress_infer",
+                "npu_nsa_compress_infer",
+                "the windows that the newest tokens complete, from a paged cache into compressed slots, in place",
+                "fp16, bf16, fp32",
+                "–",
+                "several new tokens; any page; lengths on the device; packed input; bad slots are skipped",
+            ),
+        ),
+    ),
 )
 
 

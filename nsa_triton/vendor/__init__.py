@@ -1,10 +1,10 @@
 """The vendors' spellings, so that code moves here by changing an import.
 
-torch_npu     nsa_triton.npu_nsa_compress, npu_nsa_compress_grad
+torch_npu     nsa_triton.npu_nsa_*
 MindSpore     nsa_triton.vendor.mindspore.nsa_compress
 """
 
 from nsa_triton.vendor import mindspore
-from nsa_triton.vendor.npu import npu_nsa_compress, npu_nsa_compress_grad
+from nsa_triton.vendor.npu import npu_nsa_compress, npu_nsa_compress_grad, npu_nsa_compress_infer
 
-__all__ = ["mindspore", "npu_nsa_compress", "npu_nsa_compress_grad"]
+__all__ = ["mindspore", "npu_nsa_compress", "npu_nsa_compress_grad", "npu_nsa_compress_infer"]

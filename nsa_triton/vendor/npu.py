@@ -1,6 +1,7 @@
 """The functions of torch_npu: the same names, argument order and keyword-only arguments.
 
-Unlike `nsa_compress`, and like CANN, they take prefix sums with a leading 0, which is an empty first segment.
+Unlike `nsa_compress`, and like CANN, `npu_nsa_compress` takes prefix sums with a leading 0, which is an empty first
+segment. The paged operators have nothing to translate: both spellings are one function.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nsa_triton.ops.compress import library
 from nsa_triton.ops.compress.contract import check_call
+from nsa_triton.ops.compress_infer import nsa_compress_infer
 
 if TYPE_CHECKING:
     from nsa_triton.ops.compress.api import Lengths
@@ -45,3 +47,6 @@ def npu_nsa_compress_grad(
     tensors = {"grad": grad, "input": input, "weight": weight}
     ends = check_call(tensors, compress_block_size, compress_stride, actual_seq_len, impl, leading_zero=True)
     return library.compress_grad(grad, input, weight, compress_block_size, compress_stride, ends, impl)
+
+
+npu_nsa_compress_infer = nsa_compress_infer

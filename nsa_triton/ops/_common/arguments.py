@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +35,28 @@ def check_int(argument: str, value: Any) -> None:
         raise ArgumentTypeError(argument, "an int", f"{value!r} of type {type(value).__name__}")
 
 
+def check_scale(argument: str, value: Any) -> None:
+    """A finite real number; those of numpy are welcome."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(argument, "a real number", f"{value!r} of type {type(value).__name__}")
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an int beyond all floats
+        is_finite = False
+    if not is_finite:
+        raise ArgumentValueError(argument, "a finite number", value)
+
+
 def check_rank(argument: str, meta: Meta, dimensions: str) -> None:
     """`dimensions` names them, as in "[T, N, D]"."""
     rank = dimensions.count(",") + 1
     if len(meta.shape) != rank:
         raise ArgumentValueError(argument, f"{rank} dimensions {dimensions}", f"shape {list(meta.shape)}")
+
+
+def check_size(argument: str, meta: Meta, dimension: int, size: int, why: str) -> None:
+    if meta.shape[dimension] != size:
+        raise ArgumentValueError(f"{argument}.shape[{dimension}]", f"{size}, {why}", meta.shape[dimension])
 
 
 def check_same_dtype(argument: str, meta: Meta, other: str, like: Meta) -> None:

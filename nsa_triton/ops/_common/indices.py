@@ -18,6 +18,15 @@ def check_index_meta(argument: str, meta: Meta, dimensions: str, other: str, lik
     check_rank(argument, meta, dimensions)
 
 
+def as_int32(argument: str, indices: Tensor) -> Tensor:
+    """The entries as int32. Those that int32 does not hold become -1 or its largest number, not some other index."""
+    if indices.dtype not in INTEGER_DTYPES:
+        raise ArgumentTypeError(f"{argument}.dtype", "an integer dtype, best int32", indices.dtype, "Call .int()")
+    if indices.dtype is torch.int64:
+        indices = indices.clamp(-1, 2**31 - 1)
+    return indices.to(torch.int32)
+
+
 def refuse_outside(argument: str, entries: Tensor, low: int, high: int | Tensor, read: Tensor, hint: str = "") -> None:
     """Raise at the first entry that is read and is not in [low, high). Reads the tensors back to the host.
 
@@ -32,3 +41,13 @@ def refuse_outside(argument: str, entries: Tensor, low: int, high: int | Tensor,
         raise ArgumentValueError(
             f"{argument}[{where}]", f"an index from {low} to {limit - 1}", int(entries[position]), hint
         )
+
+
+def refuse_repeated(argument: str, entries: Tensor, read: Tensor, hint: str = "") -> None:
+    """Raise at the first entry that is read and equals one before it. Reads the tensors back to the host."""
+    values, order = entries[read].sort(stable=True)
+    repeated = order[1:][values[1:] == values[:-1]]
+    if repeated.numel():
+        position = tuple(read.nonzero()[repeated.min()].tolist())
+        where = ", ".join(map(str, position))
+        raise ArgumentValueError(f"{argument}[{where}]", "no index twice", int(entries[position]), hint)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 
@@ -76,6 +77,11 @@ def check_prefix_ends(ends: tuple[int, ...], argument: str, leading_zero: bool) 
             )
 
 
+def on_device(lengths: Any) -> bool:
+    """Whether its entries are where the host cannot look at them without waiting for the device."""
+    return isinstance(lengths, torch.Tensor) and lengths.device.type != "cpu"
+
+
 def batch_lengths(lengths: Any, argument: str, batch: int, device: torch.device) -> torch.Tensor:
     """One length per batch as an int32 tensor [B] on `device`; a tensor that is there already is not read.
 
@@ -84,10 +90,12 @@ def batch_lengths(lengths: Any, argument: str, batch: int, device: torch.device)
     if isinstance(lengths, torch.Tensor) and lengths.device.type != "cpu":
         return _lengths_on_device(lengths, argument, batch, device)
     if torch.compiler.is_compiling():  # checked by the registered operator as far as shapes go
+        if isinstance(lengths, (list, tuple)):  # as_tensor would make a new graph for every list
+            return torch.tensor(lengths, dtype=torch.int32, device=device)
         return torch.as_tensor(lengths, dtype=torch.int32).to(device)
     values = host_ints(lengths, argument)
     check_batch_lengths(values, argument, batch)
-    return _tensor_of(values, device)
+    return int32_tensor(values, device)
 
 
 def check_batch_lengths(values: tuple[int, ...], argument: str, batch: int) -> None:
@@ -97,6 +105,8 @@ def check_batch_lengths(values: tuple[int, ...], argument: str, batch: int) -> N
     for index, value in enumerate(values):
         if value < 0:
             raise ArgumentValueError(argument, "lengths of at least 0", f"{value} at index {index}")
+        if value >= 2**31:
+            raise ArgumentValueError(argument, "lengths below 2^31", f"{value} at index {index}")
 
 
 def _lengths_on_device(lengths: torch.Tensor, argument: str, batch: int, device: torch.device) -> torch.Tensor:
@@ -110,6 +120,13 @@ def _lengths_on_device(lengths: torch.Tensor, argument: str, batch: int, device:
     return lengths.to(torch.int32)
 
 
+def int32_tensor(values: Any, device: torch.device) -> torch.Tensor:
+    """A tensor of nested tuples of ints, cached by value."""
+    if _get_current_dispatch_mode() is not None:  # a fake tensor, or one of a trace, must not outlive its mode
+        return _int32_tensor.__wrapped__(values, device)
+    return _int32_tensor(values, device)
+
+
 @functools.lru_cache(maxsize=64)
-def _tensor_of(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _int32_tensor(values: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)

@@ -30,6 +30,27 @@ def dealt_pages(lengths: Tensor, n_pages: int, page: int) -> Tensor:
     return (first + within).to(torch.int32)
 
 
+def check_dense(argument: str, cache: Tensor) -> None:
+    """Kernels load rows of consecutive elements, and a cache is too large to be copied for that."""
+    if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+        hint = "The other dimensions may have any strides. Call .contiguous() where the cache is made"
+        raise ArgumentValueError(f"{argument}.stride(-1)", "1, a dense last dimension", cache.stride(-1), hint)
+
+
+def check_capacity(lengths: tuple[int, ...], argument: str, page: int, n_pages: int, columns: int | None) -> None:
+    """Refuse lengths, known on the host, that the pages do not hold: those in the `columns` of the block table, or, if
+    it is None, those that are dealt."""
+    longest = max(lengths)
+    if columns is None:
+        needed = len(lengths) * max(1, -(-longest // page))
+        if needed > n_pages:
+            expected = f"at least {needed} pages, for {len(lengths)} batches of up to {longest} tokens"
+            raise ArgumentValueError("key.shape[0]", expected, n_pages, "Or pass block_table")
+    elif longest > columns * page:
+        expected = f"at most {columns * page} tokens, {columns} pages of block_table"
+        raise ArgumentValueError(argument, expected, f"{longest} at index {lengths.index(longest)}")
+
+
 def refuse_missing_pages(argument: str, lengths: Tensor, block_table: Tensor, page: int) -> None:
     """Raise where a batch is longer than its row of the block table has pages. Reads tensors back to the host."""
     capacity = block_table.shape[1] * page

@@ -6,7 +6,7 @@ first row and the number of query tokens of each batch; None stands for T / B to
 
 from __future__ import annotations
 
-import functools
+import itertools
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 from nsa_triton.ops._common.arguments import check_rank
-from nsa_triton.ops._common.lengths import batch_lengths, check_batch_lengths, host_ints
+from nsa_triton.ops._common.indices import refuse_outside
+from nsa_triton.ops._common.lengths import batch_lengths, check_batch_lengths, host_ints, int32_tensor, on_device
 
 # The dimensions of a query in each layout. H is heads times head size.
 LAYOUTS = {"TND": "[T, N1, Dk]", "BSND": "[B, S, N1, Dk]", "BSH": "[B, S, H]"}
@@ -57,6 +58,36 @@ def with_heads(tensor: Tensor, heads: int, argument: str, heads_argument: str) -
     return split
 
 
+def batch_count(query: Tensor, block_table: Tensor | None, lengths: Any, layout: str) -> int:
+    """B, from the first argument that says it."""
+    if layout != "TND":
+        return query.shape[0]
+    if block_table is not None:
+        check_rank("block_table", block_table, "[B, max_blocks]")  # type: ignore[arg-type]
+        return block_table.shape[0]
+    return lengths.numel() if isinstance(lengths, Tensor) else len(lengths)
+
+
+def most_query_tokens(qlen: Any, layout: str, query: Tensor) -> int | None:
+    """S, the most query tokens of a batch; None where only the device knows."""
+    if qlen is None:
+        return 1 if layout == "TND" else query.shape[1]
+    if isinstance(qlen, Tensor) and (on_device(qlen) or torch.compiler.is_compiling()):
+        return None
+    if torch.compiler.is_compiling():  # Dynamo cannot trace what host_ints does
+        most: int = max(qlen)
+        return most
+    return max(host_ints(qlen, "actual_seq_qlen"), default=0)
+
+
+def refuse_bad_rows(rows: Tensor, tokens: int) -> None:
+    """Raise at the first batch whose query tokens are not among the `tokens` rows. Reads the rows back to the host."""
+    first, count = rows.long().unbind(1)
+    every = torch.ones_like(first, dtype=torch.bool)
+    hint = f"query has {tokens} rows for the query tokens of all batches"
+    refuse_outside("actual_seq_qlen", count, 0, tokens - first.clamp(min=0) + 1, every, hint)
+
+
 def query_rows(qlen: Any, layout: str, query: Tensor, batch: int) -> Tensor | None:
     """The table [B, 2] for `actual_seq_qlen`, or None where all batches have T / B query tokens."""
     tokens = query.shape[0] if layout == "TND" else query.shape[1]
@@ -66,8 +97,7 @@ def query_rows(qlen: Any, layout: str, query: Tensor, batch: int) -> Tensor | No
             raise ArgumentValueError("query.shape[0]", expected, tokens, "Pass the query tokens of each batch")
         return None
     stride = 0 if layout == "TND" else tokens
-    on_device = isinstance(qlen, Tensor) and qlen.device.type != "cpu"
-    if on_device or torch.compiler.is_compiling():
+    if on_device(qlen) or torch.compiler.is_compiling():
         return _rows(batch_lengths(qlen, "actual_seq_qlen", batch, query.device), stride)
     values = host_ints(qlen, "actual_seq_qlen")
     check_batch_lengths(values, "actual_seq_qlen", batch)
@@ -78,7 +108,8 @@ def query_rows(qlen: Any, layout: str, query: Tensor, batch: int) -> Tensor | No
         raise ArgumentValueError("max(actual_seq_qlen)", expected, max(values))
     if values.count(values[0]) == batch and (layout == "TND" or values[0] == tokens):
         return None
-    return _host_rows(values, stride, query.device)
+    firsts = range(0, batch * stride, stride) if stride else (0, *itertools.accumulate(values[:-1]))
+    return int32_tensor(tuple(zip(firsts, values, strict=True)), query.device)
 
 
 def _rows(lengths: Tensor, stride: int) -> Tensor:
@@ -87,6 +118,17 @@ def _rows(lengths: Tensor, stride: int) -> Tensor:
     return torch.stack((first.to(torch.int32), lengths), dim=1)
 
 
-@functools.lru_cache(maxsize=64)
-def _host_rows(values: tuple[int, ...], stride: int, device: torch.device) -> Tensor:
-    return _rows(torch.tensor(values, dtype=torch.int32), stride).to(device)
+def visible_tokens(rows: Tensor | None, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The batch and the number of tokens that it sees, of each of the `tokens` rows of the packed queries.
+
+    Query tokens are the newest of the cache, and each sees up to itself. Rows that are no query token see nothing.
+    """
+    lengths = lengths.long()
+    if rows is None:
+        each = tokens // lengths.shape[0]
+        rows = _rows(torch.full_like(lengths, each), each)
+    first, count = rows.long().unsqueeze(-1).unbind(1)  # [B, 1]
+    within = torch.arange(tokens, device=lengths.device) - first  # [B, T]
+    owned = (within >= 0) & (within < count)
+    visible = torch.where(owned, lengths[:, None] - (count - 1 - within), 0)
+    return owned.int().argmax(0), visible.amax(0).clamp(min=0)

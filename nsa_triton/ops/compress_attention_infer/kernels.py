@@ -244,6 +244,13 @@ def probabilities(p_sums, p_edge, b_lse, o_t, o_j, o_w, i_tile, n_tiles, BJ: tl.
     return tl.where((f_j == 1.0)[None, :], b_1[:, None], b_x)
 
 
+@triton.jit
+def first_largest(b_x, b_id):
+    """The largest of scores [C], and the lowest of the ids [C] that have it."""
+    s_x = tl.max(b_x, axis=0)
+    return s_x, tl.min(tl.where(b_x == s_x, b_id, BEHIND), axis=0)
+
+
 @triton.jit(do_not_specialize=["n_items", "n_tokens", "n_rows_all", "n_tiles_all"])
 def compress_attention_choose(
     o,  # [N2, T, G, SPLITS, DV] float32
@@ -272,6 +279,7 @@ def compress_attention_choose(
     BS: tl.constexpr,  # SPLITS, or the power of two above it
     BJ: tl.constexpr,
     BT: tl.constexpr,  # tiles whose blocks are looked at at once
+    CHUNKED: tl.constexpr,  # whether a sequence may have more
     BC: tl.constexpr,  # K, or the power of two above it
     DV: tl.constexpr,
     BV: tl.constexpr,
@@ -328,17 +336,21 @@ def compress_attention_choose(
                 b_x = tl.where(b_id >= 0.0, b_x, -1.0)
                 b_x = tl.where(b_id < tl.minimum(b_next, n_blocks * 1.0)[:, None], b_x, -1.0)
 
+                # [BT * BJ]
+                b_x = tl.reshape(b_x, [BT * BJ])
+                b_id = tl.reshape(b_id, [BT * BJ])
                 b_new = tl.full([BC], -1.0, tl.float32)
                 b_new_ids = tl.full([BC], -1.0, tl.float32)
                 for i_k in range(0, K):
-                    s_x = tl.maximum(tl.max(tl.max(b_x, axis=1), axis=0), tl.max(b_best, axis=0))
-                    s_id = tl.min(tl.min(tl.where(b_x == s_x, b_id, BEHIND), axis=1), axis=0)
-                    s_id = tl.minimum(s_id, tl.min(tl.where(b_best == s_x, b_ids, BEHIND), axis=0))
-                    s_id = tl.where(s_x >= 0.0, s_id, -1.0)
+                    s_x, s_id = first_largest(b_x, b_id)
+                    if CHUNKED:
+                        s_old, s_old_id = first_largest(b_best, b_ids)
+                        s_id = tl.where(s_old >= s_x, s_old_id, s_id)  # of equal scores the old one has the lower id
+                        s_x = tl.where(s_old >= s_x, s_old, s_x)
+                        b_best = tl.where(b_ids == s_id, -1.0, b_best)
+                        b_new = tl.where(f_c == i_k * 1.0, s_x, b_new)
                     b_x = tl.where(b_id == s_id, -1.0, b_x)
-                    b_best = tl.where(b_ids == s_id, -1.0, b_best)
-                    b_new = tl.where(f_c == i_k * 1.0, s_x, b_new)
-                    b_new_ids = tl.where(f_c == i_k * 1.0, s_id, b_new_ids)
+                    b_new_ids = tl.where(f_c == i_k * 1.0, tl.where(s_x >= 0.0, s_id, -1.0), b_new_ids)
                 b_best = b_new
                 b_ids = b_new_ids
             p_ids = ids + (i_row * N2 + i_n) * K

@@ -173,7 +173,7 @@ def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, i
     constexprs = {
         "G": plan.group, "K": count, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
         "BLOCK": geometry.select, "SPLITS": plan.splits, "W": LSE_COPIES, "RAGGED": rows is not None,
-        "BS": target.tile(plan.splits), "BJ": plan.columns, "BT": tiles, "BC": target.tile(count),
+        "BS": target.tile(plan.splits), "BJ": plan.columns, "BT": tiles, "CHUNKED": chunks > 1, "BC": target.tile(count),
         "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
     }  # fmt: skip
     return plan.launch(
