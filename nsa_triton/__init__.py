@@ -16,7 +16,13 @@ from nsa_triton.errors import (
 from nsa_triton.limits import limits
 from nsa_triton.ops.compress import nsa_compress, nsa_compress_grad
 from nsa_triton.ops.compress_infer import nsa_compress_infer
-from nsa_triton.vendor import npu_nsa_compress, npu_nsa_compress_grad, npu_nsa_compress_infer
+from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer
+from nsa_triton.vendor import (
+    npu_nsa_compress,
+    npu_nsa_compress_grad,
+    npu_nsa_compress_infer,
+    npu_nsa_select_attention_infer,
+)
 
 __version__ = "0.1.0"
 
@@ -33,7 +39,9 @@ __all__ = [
     "npu_nsa_compress",
     "npu_nsa_compress_grad",
     "npu_nsa_compress_infer",
+    "npu_nsa_select_attention_infer",
     "nsa_compress",
     "nsa_compress_grad",
     "nsa_compress_infer",
+    "nsa_select_attention_infer",
 ]

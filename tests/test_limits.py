@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_triton import ArgumentTypeError, ArgumentValueError, ConfigError, limits, nsa_compress
-from nsa_triton.limits import LIMITS, Dtype, Equal, Limit, OneOf, Range, check, mode_in_force, rows
+from nsa_triton.limits import LIMITS, Dtype, Equal, Limit, OneOf, check, mode_in_force, rows
 
 LEGAL: dict[str, dict[Any, Any]] = {
     "nsa_compress": {

@@ -215,16 +215,29 @@ def _is_fallback_loop(function: Function, loop: Op) -> bool:
 
 def _unstructured_masks(function: Function) -> Iterator[Place]:
     """Masks that did not become shorter transfers. `tl.load` then reads the whole tile and selects, `tl.store` reads
-    the whole tile, selects, and writes it back; all these ops carry the place of the one call in the source."""
+    the whole tile, selects, and writes it back; all these ops carry the place of the one call in the source. Transfers
+    from and to the workspace between cores are not the kernel's."""
     at: dict[str, set[tuple[str, int, int]]] = {
-        name: {op.location for op in function.ops if op.name == f"hivm.hir.{name}" and op.location is not None}
+        name: {
+            op.location
+            for op in function.ops
+            if op.name == f"hivm.hir.{name}" and op.location is not None and not _in_workspace(function, op)
+        }
         for name in ("load", "store", "vsel")
     }
     for op in function.ops:
+        if _in_workspace(function, op):
+            continue
         if op.name == "hivm.hir.store" and op.location in at["load"] & at["vsel"]:
             yield Place("tl.store", op.source)
         elif op.name == "hivm.hir.load" and op.location in at["vsel"] - at["store"]:
             yield Place("tl.load", op.source)
+
+
+def _in_workspace(function: Function, op: Op) -> bool:
+    """Whether `op` moves data between the cores of a block: the workspace is bytes, and all its tiles are views."""
+    side = _global_side(op)
+    return side is not None and any(view.name == "memref.view" for view in function.views(side[0]))
 
 
 def _scalar_templates(function: Function) -> Iterator[Place]:

@@ -79,6 +79,20 @@ FAMILIES = (
             ),
         ),
     ),
+    Family(
+        "select_attention_infer",
+        (
+            Op(
+                "nsa_select_attention_infer",
+                "npu_nsa_select_attention_infer",
+                "attention over selected blocks of a paged cache, one or several query tokens",
+                "fp16, bf16, fp32",
+                "–",
+                "ids per kv head; any head sizes, groups and pages; lengths on the device; log-sum-exp; small batches "
+                "fill all cores",
+            ),
+        ),
+    ),
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from nsa_triton.ops.compress import library
 from nsa_triton.ops.compress.contract import check_call
 from nsa_triton.ops.compress_infer import nsa_compress_infer
+from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer
 
 if TYPE_CHECKING:
     from nsa_triton.ops.compress.api import Lengths
@@ -50,3 +51,4 @@ def npu_nsa_compress_grad(
 
 
 npu_nsa_compress_infer = nsa_compress_infer
+npu_nsa_select_attention_infer = nsa_select_attention_infer

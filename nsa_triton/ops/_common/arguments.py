@@ -33,6 +33,8 @@ def check_tensor(argument: str, value: Any) -> None:
 def check_int(argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(argument, "an int", f"{value!r} of type {type(value).__name__}")
+    if not -(2**31) <= value < 2**31:
+        raise ArgumentValueError(argument, "an int of 32 bits", value)
 
 
 def check_scale(argument: str, value: Any) -> None:

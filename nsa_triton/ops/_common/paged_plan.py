@@ -11,7 +11,8 @@ from nsa_triton.runtime.configs import Config, lookup
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target
 
-LSE_COPIES = 8  # a log-sum-exp between two kernels is stored as a row of 32 bytes, the least that an NPU moves
+STATE = 8  # floats of a split's state, its maximum and sum: a row of 32 bytes, the least that an NPU moves
+JOINED = 8  # outputs of splits that are added at once
 
 
 def cut_length(page: int, most: int) -> int:

@@ -60,31 +60,65 @@ def softmax_step(b_s, b_m, b_z, b_o, b_v):
 
 
 @triton.jit
-def softmax_end(b_m, b_z, b_o):
-    """Normalised output [R, D] and log-sum-exp [R]; 0 and NO_SCORE for rows that saw nothing."""
-    seen = b_z > 0.0
-    b_sum = tl.where(seen, b_z, 1.0)
-    return b_o / b_sum[:, None], tl.where(seen, b_m + tl.log(b_sum), NO_SCORE)
+def query_rows(rows, i_b, n_tokens, n_all, RAGGED: tl.constexpr):
+    """The rows of the query tokens of a batch, from the first to behind the last, both within the n_all rows that there
+    are; and, as the table says it, the row behind the newest token."""
+    if RAGGED:
+        i_first = tl.load(rows + i_b * 2).to(tl.int64)
+        i_end = i_first + tl.load(rows + i_b * 2 + 1)
+        i_begin = tl.minimum(tl.maximum(i_first, 0), n_all)
+        return i_begin.to(tl.int32), tl.minimum(tl.maximum(i_end, i_begin), n_all).to(tl.int32), i_end
+    else:
+        return i_b * n_tokens, (i_b + 1) * n_tokens, ((i_b + 1) * n_tokens).to(tl.int64)
 
 
 @triton.jit
-def split_weights(p_lse, o_s, o_w, n_splits, W: tl.constexpr):
-    """How much each split of one row counts, [BS, 1], and the log-sum-exp of the row, [1].
-
-    A split that saw nothing has NO_SCORE. W is the number of times a log-sum-exp is stored in [n_splits, W].
-    """
-    m_s = (o_s < n_splits)[:, None] & (o_w < W)[None, :]
-    b_rows = tl.load(p_lse + o_s[:, None] * W + o_w[None, :], mask=m_s, other=NO_SCORE)
-    b_lse = tl.max(b_rows, axis=1)[:, None]
-    b_max = tl.max(b_lse, axis=0)
-    b_weight = tl.exp(b_lse - b_max[:, None])
-    b_z = tl.sum(b_weight, axis=0)
-    return b_weight / b_z[:, None], b_max + tl.log(b_z)
+def store_split(p_o, p_state, b_o, b_m, b_z, o_r, o_v, o_w, m_r, o_stride, state_stride, DV: tl.constexpr):
+    """What a split leaves: its output [R, DV], not divided by the sum, and in a row of 32 bytes maximum and sum."""
+    tl.store(p_o + o_r[:, None] * o_stride + o_v[None, :], b_o, mask=m_r[:, None] & (o_v < DV)[None, :])
+    b_state = tl.where((o_w.to(tl.float32) == 0.0)[None, :], b_m[:, None], b_z[:, None])
+    tl.store(p_state + o_r[:, None] * state_stride + o_w[None, :], b_state, mask=m_r[:, None])
 
 
 @triton.jit
-def join_splits(p_o, b_weight, o_s, o_v, n_splits, DV: tl.constexpr):
-    """The output [BV] of one row from those of its splits, [n_splits, DV] in memory, weighted by [BS, 1]."""
-    m_o = (o_s < n_splits)[:, None] & (o_v < DV)[None, :]
-    b_o = tl.load(p_o + o_s[:, None] * DV + o_v[None, :], mask=m_o, other=0.0)
-    return tl.sum(b_o * b_weight, axis=0)
+def load_states(p_state, o_s, o_w, n_splits, W: tl.constexpr):
+    """Maxima and sums, [BS, 1] each, of splits; NO_SCORE and 0 for those that are not there."""
+    b_state = tl.load(p_state + o_s[:, None] * W + o_w[None, :], mask=(o_s < n_splits)[:, None], other=NO_SCORE)
+    is_m = (o_w.to(tl.float32) == 0.0)[None, :]
+    b_m = tl.max(tl.where(is_m, b_state, NO_SCORE), axis=1)
+    b_z = tl.max(tl.where(is_m, 0.0, b_state), axis=1)
+    return b_m[:, None], b_z[:, None]
+
+
+@triton.jit
+def join_states(p_state, o_s, o_w, n_splits, W: tl.constexpr):
+    """Maximum and sum, [1] each, of all splits of a row. A row that saw nothing has sum 1, to divide its zeros by."""
+    b_m, b_z = load_states(p_state, o_s, o_w, n_splits, W)
+    b_max = tl.max(b_m, axis=0)
+    b_sum = tl.sum(b_z * tl.exp(b_m - b_max[:, None]), axis=0)
+    return b_max, tl.where(b_sum > 0.0, b_sum, 1.0)
+
+
+@triton.jit
+def join_outputs(
+    p_o,
+    p_state,
+    b_max,
+    b_sum,
+    o_w,
+    o_v,
+    n_splits,
+    DV: tl.constexpr,
+    W: tl.constexpr,
+    BS: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """The output [BV] of a row from those of its splits, [n_splits, DV] in memory, BS at a time."""
+    o_s = tl.arange(0, BS)
+    b_o = tl.zeros([BV], tl.float32)
+    for i_s in range(0, n_splits, BS):
+        b_m, _ = load_states(p_state + i_s * W, o_s, o_w, n_splits - i_s, W)
+        m_o = (o_s < n_splits - i_s)[:, None] & (o_v < DV)[None, :]
+        b_part = tl.load(p_o + i_s * DV + o_s[:, None] * DV + o_v[None, :], mask=m_o, other=0.0)
+        b_o += tl.sum(b_part * tl.exp(b_m - b_max[:, None]), axis=0)
+    return b_o / b_sum

@@ -25,10 +25,11 @@ import triton.language as tl
 from nsa_triton.ops._common.primitives import (
     MASKED,
     NO_SCORE,
-    join_splits,
+    join_outputs,
+    join_states,
     page_at,
-    softmax_end,
-    split_weights,
+    query_rows,
+    store_split,
 )
 
 FORCED: tl.constexpr = tl.constexpr(3e38)  # the score of a block that is always chosen
@@ -47,7 +48,7 @@ def column(b_tile, o_c, i_c):
     return tl.sum(tl.where(o_c[None, :] == i_c, b_tile, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_rows_all", "n_table", "n_pages", "n_tiles_all"])
+@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all", "n_table", "n_pages", "n_tiles_all"])
 def compress_attention_split(
     q,  # [T, N1, DK]
     k,  # [n_pages, P, N2, DK]
@@ -58,13 +59,13 @@ def compress_attention_split(
     raw_lengths,  # [B] int32, raw tokens; dead if not HIDES
     weights,  # [PHASES, BN, BJ] float32, how often a token counts for a block
     o,  # [N2, T, G, SPLITS, DV] float32
-    lse,  # [N2, T, G, SPLITS, W] float32
+    state,  # [N2, T, G, SPLITS, W] float32, maximum and sum
     sums,  # [N2, T, G, n_tiles_all, BJ] float32, the sums of each tile's blocks
     edges,  # [N2, T, G, n_tiles_all + 1, W] float32: the spill of the tile before, and its maximum
     scale,
     n_items,
     n_tokens,  # query tokens per batch, if not RAGGED
-    n_rows_all,  # T
+    n_all,  # T
     n_table,
     n_pages,
     n_tiles_all,
@@ -109,44 +110,41 @@ def compress_attention_split(
     # [BQ * BH] the query token of each row
     b_t = tl.reshape(o_q.to(tl.float32)[:, None] + tl.zeros([BQ, BH], tl.float32), [BQ * BH])
     n_tiles_h = (G + BH - 1) // BH
+    # [BN, BJ]
     p_w = weights + o_n[:, None] * BJ + o_j[None, :]
+    b_fold = tl.load(p_w)
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_split = i_item % SPLITS
         i_h = i_item // SPLITS % n_tiles_h * BH
         i_n = i_item // (SPLITS * n_tiles_h) % N2
         i_b = i_item // (SPLITS * n_tiles_h) // N2
-        if RAGGED:
-            i_first = tl.load(rows + i_b * 2)
-            n_rows = tl.load(rows + i_b * 2 + 1)
-        else:
-            i_first = i_b * n_tokens
-            n_rows = n_tokens
-        n_cmp = tl.load(lengths + i_b)
+        i_begin, i_end, i_newest = query_rows(rows, i_b, n_tokens, n_all, RAGGED)
+        n_cmp = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), n_tiles_all * CUT)
         n_tail = 0
         if HIDES:
             n_tail = tl.load(raw_lengths + i_b) - ((n_cmp - 1) * D + L)
         n_tiles = (n_cmp + CUT - 1) // CUT
         p_table = table + i_b.to(tl.int64) * n_table
-        for i_t in range(0, n_rows, BQ):
-            i_row = (i_first + i_t).to(tl.int64)
+        for i_t in range(i_begin, i_end, BQ):
+            i_row = i_t.to(tl.int64)
             p_q = q + i_row * q_t + (i_n * G + i_h) * q_h
             # [BQ * BH, BK]
             if BQ == 1:
                 m_q = (o_h < G - i_h)[:, None] & (o_k < DK)[None, :]
                 b_q = tl.load(p_q + o_h[:, None] * q_h + o_k[None, :], mask=m_q, other=0.0)
             else:
-                m_q = ((o_q < n_rows - i_t)[:, None] & (o_h < G - i_h)[None, :])[:, :, None] & (o_k < DK)[None, None, :]
+                m_q = ((o_q < i_end - i_t)[:, None] & (o_h < G - i_h)[None, :])[:, :, None] & (o_k < DK)[None, None, :]
                 p_q += o_q[:, None, None] * q_t + o_h[None, :, None] * q_h + o_k[None, None, :]
                 # The sum sends the tile through the vector core: the cube cannot fold dimensions of what it loads.
                 b_q = tl.reshape(tl.load(p_q, mask=m_q, other=0.0) + 0.0, [BQ * BH, BK])
             # The rows of the workspace are those of the tile: tokens times heads of one group.
-            i_r = (i_n.to(tl.int64) * n_rows_all + i_row) * G + i_h
+            i_r = (i_n.to(tl.int64) * n_all + i_row) * G + i_h
             if BQ == 1 or BH == G:
                 o_ws = o_r
-                m_ws = o_r < tl.minimum(n_rows - i_t, BQ) * tl.minimum(G - i_h, BH)
+                m_ws = o_r < tl.minimum(i_end - i_t, BQ) * tl.minimum(G - i_h, BH)
             else:
                 o_ws = o_r // BH * G + o_r % BH
-                m_ws = (o_r // BH < n_rows - i_t) & (o_r % BH < G - i_h)
+                m_ws = (o_r // BH < i_end - i_t) & (o_r % BH < G - i_h)
             # [BQ * BH], [BQ * BH], [BQ * BH, BV]
             b_m = tl.full([BQ * BH], NO_SCORE, tl.float32)
             b_z = tl.zeros([BQ * BH], tl.float32)
@@ -164,7 +162,7 @@ def compress_attention_split(
                 b_s += tl.minimum((n_i - 0.5 - o_n.to(tl.float32)) * MASKED, 0.0)[None, :]
                 if HIDES:
                     # [BQ * BH, 1] query tokens before the last raw token, [1, BN] the last compressed token
-                    b_early = tl.where(n_rows - 1.0 - i_t - b_t > n_tail * 1.0, -MASKED, 0.0)[:, None]
+                    b_early = tl.where((i_newest - 1 - i_t).to(tl.float32) - b_t > n_tail * 1.0, -MASKED, 0.0)[:, None]
                     b_last = tl.where(o_n.to(tl.float32) == n_cmp - 1.0 - i_i, 1.0, 0.0)[None, :]
                     b_s += b_early * b_last
                 b_max = tl.maximum(tl.max(b_s, axis=1), NO_SCORE, propagate_nan=tl.PropagateNan.ALL)
@@ -180,8 +178,11 @@ def compress_attention_split(
                 b_o = b_o * b_shrink[:, None] + tl.dot(b_w, b_v, input_precision="ieee")
                 b_m = b_new
                 # [BQ * BH, BJ]
-                i_phase = (first_block(i_i, M, SHIFT) + 1) * M - SHIFT - i_i
-                b_sums = tl.dot(b_p, tl.load(p_w + i_phase % PHASES * (BN * BJ)), input_precision="ieee")
+                if PHASES > 1:
+                    i_phase = (first_block(i_i, M, SHIFT) + 1) * M - SHIFT - i_i
+                    b_sums = tl.dot(b_p, tl.load(p_w + i_phase * (BN * BJ)), input_precision="ieee")
+                else:
+                    b_sums = tl.dot(b_p, b_fold, input_precision="ieee")
                 p_sums = sums + (i_r * n_tiles_all + i_tile) * BJ
                 tl.store(p_sums + o_ws[:, None] * (n_tiles_all * BJ) + o_j[None, :], b_sums, mask=m_ws[:, None])
                 # [BQ * BH, W]
@@ -197,31 +198,26 @@ def compress_attention_split(
                 )
                 p_edge = edges + (i_r * (n_tiles_all + 1) + i_tile + 1) * W
                 tl.store(p_edge + o_ws[:, None] * ((n_tiles_all + 1) * W) + o_w[None, :], b_edge, mask=m_ws[:, None])
-            b_out, b_lse = softmax_end(b_m, b_z, b_o)
             p_o = o + (i_r * SPLITS + i_split) * DV
-            tl.store(
-                p_o + o_ws[:, None] * (SPLITS * DV) + o_v[None, :], b_out, mask=m_ws[:, None] & (o_v < DV)[None, :]
-            )
-            p_lse = lse + (i_r * SPLITS + i_split) * W
-            b_rows = b_lse[:, None] + tl.zeros([BQ * BH, W], tl.float32)
-            tl.store(p_lse + o_ws[:, None] * (SPLITS * W) + o_w[None, :], b_rows, mask=m_ws[:, None])
+            p_state = state + (i_r * SPLITS + i_split) * W
+            store_split(p_o, p_state, b_o, b_m, b_z, o_ws, o_v, o_w, m_ws, SPLITS * DV, SPLITS * W, DV)
 
 
 @triton.jit
-def with_spill(b_own, b_m, b_spill, b_m_spill, b_lse):
-    """Sums [BT] of one column relative to b_m, and those of the tile before relative to b_m_spill, as probabilities.
+def with_spill(b_own, b_m, b_spill, b_m_spill, b_head_m):
+    """Sums [BT] of one column relative to b_m, and those of the tile before relative to b_m_spill, at one scale.
 
-    Where a tile got nothing, its own sum is scaled as if there were no spill, so that equal tiles give equal bits.
-    Where it did, the two are added at the scale of the larger maximum: equal scores, 1 and 7 times, are 8 times one.
+    Where there is no spill, nothing depends on the tile before, so that equal tiles give equal bits. Where there is,
+    the two are added at the scale of the larger maximum: equal scores, 1 and 7 times, are 8 times one.
     """
     b_max = tl.maximum(b_m, b_m_spill, propagate_nan=tl.PropagateNan.ALL)
-    b_both = (b_own * tl.exp(b_m - b_max) + b_spill * tl.exp(b_m_spill - b_max)) * tl.exp(b_max - b_lse)
-    return tl.where(b_spill > 0.0, b_both, b_own * tl.exp(b_m - b_lse))
+    b_both = (b_own * tl.exp(b_m - b_max) + b_spill * tl.exp(b_m_spill - b_max)) * tl.exp(b_max - b_head_m)
+    return tl.where(b_spill > 0.0, b_both, b_own * tl.exp(b_m - b_head_m))
 
 
 @triton.jit
-def probabilities(p_sums, p_edge, b_lse, o_t, o_j, o_w, i_tile, n_tiles, BJ: tl.constexpr, W: tl.constexpr):
-    """The block probabilities [BT, BJ] of one head for tiles i_tile, i_tile + 1, ...
+def head_sums(p_sums, p_edge, b_head_m, o_t, o_j, o_w, i_tile, n_tiles, BJ: tl.constexpr, W: tl.constexpr):
+    """The block sums [BT, BJ] of one head, relative to its maximum, for tiles i_tile, i_tile + 1, ...
 
     The row behind the last tile holds what that one spills.
     """
@@ -237,9 +233,9 @@ def probabilities(p_sums, p_edge, b_lse, o_t, o_j, o_w, i_tile, n_tiles, BJ: tl.
     # [BT]
     b_m = column(b_edge, f_w, 2.0)
     b_m_spill = column(b_spill, f_w, 2.0)
-    b_0 = with_spill(column(b_own, f_j, 0.0), b_m, column(b_spill, f_w, 0.0), b_m_spill, b_lse)
-    b_1 = with_spill(column(b_own, f_j, 1.0), b_m, column(b_spill, f_w, 1.0), b_m_spill, b_lse)
-    b_x = b_own * tl.exp(b_m - b_lse)[:, None]
+    b_0 = with_spill(column(b_own, f_j, 0.0), b_m, column(b_spill, f_w, 0.0), b_m_spill, b_head_m)
+    b_1 = with_spill(column(b_own, f_j, 1.0), b_m, column(b_spill, f_w, 1.0), b_m_spill, b_head_m)
+    b_x = b_own * tl.exp(b_m - b_head_m)[:, None]
     b_x = tl.where((f_j == 0.0)[None, :], b_0[:, None], b_x)
     return tl.where((f_j == 1.0)[None, :], b_1[:, None], b_x)
 
@@ -251,10 +247,10 @@ def first_largest(b_x, b_id):
     return s_x, tl.min(tl.where(b_x == s_x, b_id, BEHIND), axis=0)
 
 
-@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_rows_all", "n_tiles_all"])
+@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all", "n_tiles_all"])
 def compress_attention_choose(
     o,  # [N2, T, G, SPLITS, DV] float32
-    lse,  # [N2, T, G, SPLITS, W] float32
+    state,  # [N2, T, G, SPLITS, W] float32, maximum and sum
     sums,  # [N2, T, G, n_tiles_all, BJ] float32
     edges,  # [N2, T, G, n_tiles_all + 1, W] float32
     firsts,  # [*] float32, the first block of each tile
@@ -264,7 +260,7 @@ def compress_attention_choose(
     ids,  # [T, N2, K] int32
     n_items,  # B * N2
     n_tokens,
-    n_rows_all,
+    n_all,
     n_tiles_all,
     N2,
     G: tl.constexpr,
@@ -277,6 +273,7 @@ def compress_attention_choose(
     W: tl.constexpr,
     RAGGED: tl.constexpr,
     BS: tl.constexpr,  # SPLITS, or the power of two above it
+    BP: tl.constexpr,  # outputs of splits that are added at once
     BJ: tl.constexpr,
     BT: tl.constexpr,  # tiles whose blocks are looked at at once
     CHUNKED: tl.constexpr,  # whether a sequence may have more
@@ -295,21 +292,18 @@ def compress_attention_choose(
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_n = i_item % N2
         i_b = i_item // N2
-        if RAGGED:
-            i_first = tl.load(rows + i_b * 2)
-            n_rows = tl.load(rows + i_b * 2 + 1)
-        else:
-            i_first = i_b * n_tokens
-            n_rows = n_tokens
-        n_cmp = tl.load(lengths + i_b)
+        i_begin, i_end, _ = query_rows(rows, i_b, n_tokens, n_all, RAGGED)
+        n_cmp = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), n_tiles_all * CUT)
         n_tiles = (n_cmp + CUT - 1) // CUT
         n_blocks = tl.where(n_cmp > 0, ((n_cmp - 1) * D + L + BLOCK - 1) // BLOCK, 0)
-        for i_t in range(0, n_rows):
-            i_row = (i_first + i_t).to(tl.int64)
-            i_r = (i_n.to(tl.int64) * n_rows_all + i_row) * G
+        for i_t in range(i_begin, i_end):
+            i_row = i_t.to(tl.int64)
+            i_r = (i_n.to(tl.int64) * n_all + i_row) * G
             for i_g in range(0, G):
-                b_weight, b_lse = split_weights(lse + (i_r + i_g) * (SPLITS * W), o_s, o_w, SPLITS, W)
-                b_out = join_splits(o + (i_r + i_g) * (SPLITS * DV), b_weight, o_s, o_v, SPLITS, DV)
+                p_state = state + (i_r + i_g) * (SPLITS * W)
+                b_m, b_z = join_states(p_state, o_s, o_w, SPLITS, W)
+                p_o = o + (i_r + i_g) * (SPLITS * DV)
+                b_out = join_outputs(p_o, p_state, b_m, b_z, o_w, o_v, SPLITS, DV, W, BP, BV)
                 p_out = out + ((i_row * N2 + i_n) * G + i_g) * DV
                 tl.store(p_out + o_v, b_out.to(out.dtype.element_ty), mask=o_v < DV)
 
@@ -320,10 +314,11 @@ def compress_attention_choose(
                 # [BT, BJ]
                 b_x = tl.zeros([BT, BJ], tl.float32)
                 for i_g in range(0, G):
-                    b_weight, b_lse = split_weights(lse + (i_r + i_g) * (SPLITS * W), o_s, o_w, SPLITS, W)
+                    b_m, b_z = join_states(state + (i_r + i_g) * (SPLITS * W), o_s, o_w, SPLITS, W)
                     p_sums = sums + ((i_r + i_g) * n_tiles_all + i_tile) * BJ
                     p_edge = edges + ((i_r + i_g) * (n_tiles_all + 1) + i_tile) * W
-                    b_x += probabilities(p_sums, p_edge, b_lse, o_t, o_j, o_w, i_tile, n_tiles, BJ, W)
+                    b_head = head_sums(p_sums, p_edge, b_m, o_t, o_j, o_w, i_tile, n_tiles, BJ, W)
+                    b_x += b_head / b_z[:, None]
                 # [BT, BJ] ids; columns behind those of a tile belong to the next, the row behind the last tile has all
                 b_first = tl.load(firsts + i_tile + o_t)
                 b_next = tl.load(firsts + i_tile + 1 + o_t)

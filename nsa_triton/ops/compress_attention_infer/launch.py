@@ -1,4 +1,4 @@
-"""Plans and runs the two launches of nsa_compress_attention_infer: attention with block sums, then scores and choice."""
+"""Plans and runs the two launches of nsa_compress_attention_infer: attention with block sums, then the best blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_triton.ops._common.paged_plan import LSE_COPIES, PagedPlan, cut_length
+from nsa_triton.ops._common.paged_plan import JOINED, STATE, PagedPlan, cut_length
 from nsa_triton.ops.compress_attention_infer import kernels
+from nsa_triton.runtime.configs import Config
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
 
@@ -80,12 +81,19 @@ class Plan(PagedPlan):
     """The shapes, tiles and workspace of one call."""
 
     def __init__(
-        self, target: Target, query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, geometry: tuple[int, ...]
+        self,
+        target: Target,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_table: Tensor,
+        geometry: tuple[int, ...],
+        count: int,
     ) -> None:
         super().__init__(OP, target, query, key, value, block_table)
         each = -(-self.tokens // self.batch)
         self.split_config = self._config("compress_attention_split", geometry, {"queries": each})
-        self.choose_config = self._config("compress_attention_choose", geometry, {})
+        self.choose_config = self._config("compress_attention_choose", geometry, {"count": count})
         block, stride, select, shift = geometry
         self.geometry = Geometry(block, stride, select, cut_length(self.page, self.split_config.tiles["BN"]), shift)
         rows = self.split_config.tiles["BR"]
@@ -97,8 +105,8 @@ class Plan(PagedPlan):
         self.splits = target.splits(self.items, most=self.tiles)
         self.workspace = self._workspace()
 
-    def _config(self, kernel: str, geometry: tuple[int, ...], more: dict[str, int]):
-        block, stride, select, _ = geometry
+    def _config(self, kernel: str, geometry: tuple[int, ...], more: dict[str, int]) -> Config:
+        _, stride, select, _ = geometry
         return self.config(kernel, TILES[kernel], {"strides": select // stride, **more})
 
     def _workspace(self) -> dict[str, Tensor]:
@@ -106,13 +114,11 @@ class Plan(PagedPlan):
         rows = (self.kv_heads, self.tokens, self.group)
         shapes = {
             "o": (*rows, self.splits, self.value_dim),
-            "lse": (*rows, self.splits, LSE_COPIES),
+            "state": (*rows, self.splits, STATE),
             "sums": (*rows, self.tiles, self.columns),
-            "edges": (*rows, self.tiles + 1, LSE_COPIES),
+            "edges": (*rows, self.tiles + 1, STATE),
         }
-        return {
-            name: torch.empty(shape, dtype=torch.float32, device=self.device) for name, shape in shapes.items()
-        }
+        return {name: torch.empty(shape, dtype=torch.float32, device=self.device) for name, shape in shapes.items()}
 
 
 def plan_split(
@@ -139,14 +145,14 @@ def plan_split(
         "q": query, "k": key, "v": value, "table": block_table, "lengths": lengths,
         "rows": lengths if rows is None else rows, "raw_lengths": lengths if raw_lengths is None else raw_lengths,
         "weights": fold_weights(geometry, tokens, plan.columns, plan.device), **plan.workspace, "scale": scale,
-        "n_items": plan.items * plan.splits, "n_tokens": plan.tokens // plan.batch, "n_rows_all": plan.tokens,
+        "n_items": plan.items * plan.splits, "n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens,
         "n_table": plan.pages_per_batch, "n_pages": plan.pages, "n_tiles_all": plan.tiles, "N2": plan.kv_heads,
         **plan.strides,
     }  # fmt: skip
     constexprs = {
         "G": plan.group, "P": plan.page, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
         "M": geometry.strides, "SHIFT": geometry.shift, "PHASES": geometry.phases, "SPLITS": plan.splits,
-        "W": LSE_COPIES, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
+        "W": STATE, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
         "BQ": queries, "BH": heads, "BN": tokens, "BJ": plan.columns, **plan.head_tiles,
     }  # fmt: skip
     items = plan.items * plan.splits
@@ -157,23 +163,23 @@ def plan_split(
 
 def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, ids: Tensor) -> Launch:
     geometry, target = plan.geometry, plan.target
-    # A power of two for every target, so that caches of similar size share one compiled kernel.
-    most = plan.choose_config.tiles["BE"] // plan.columns
-    wanted = 1 << plan.tiles.bit_length()  # tiles + 1 or more
-    tiles = max(1, min(wanted, 1 << most.bit_length() - 1 if not target.is_ascend_code else most))
+    tiles = plan.choose_config.tiles["BE"] // plan.columns
+    if not target.is_ascend_code:
+        tiles = 1 << tiles.bit_length() - 1  # the power of two below
     items = plan.batch * plan.kv_heads
     chunks = -(-(plan.tiles + 1) // tiles)
     arguments = {
         **plan.workspace, "firsts": first_blocks(geometry, (chunks + 1) * tiles + 1, plan.device), "lengths": lengths,
         "rows": lengths if rows is None else rows, "out": out, "ids": ids, "n_items": items,
-        "n_tokens": plan.tokens // plan.batch, "n_rows_all": plan.tokens, "n_tiles_all": plan.tiles,
+        "n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens, "n_tiles_all": plan.tiles,
         "N2": plan.kv_heads,
     }  # fmt: skip
     count = ids.shape[2]
     constexprs = {
         "G": plan.group, "K": count, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
-        "BLOCK": geometry.select, "SPLITS": plan.splits, "W": LSE_COPIES, "RAGGED": rows is not None,
-        "BS": target.tile(plan.splits), "BJ": plan.columns, "BT": tiles, "CHUNKED": chunks > 1, "BC": target.tile(count),
+        "BLOCK": geometry.select, "SPLITS": plan.splits, "W": STATE, "RAGGED": rows is not None,
+        "BS": target.tile(plan.splits), "BP": target.tile(min(plan.splits, JOINED)), "BJ": plan.columns,
+        "BT": tiles, "CHUNKED": chunks > 1, "BC": target.tile(count),
         "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
     }  # fmt: skip
     return plan.launch(
@@ -199,7 +205,7 @@ def forward(
     """Output [T, N1, DV] and ids [T, N2, K] on the device of `query`; the arguments are those of the operator."""
     target = target_of(query.device)
     shape = (compress_block_size, compress_stride, select_block_size, int(importance == "overlap"))
-    plan = Plan(target, query, key, value, block_table, shape)
+    plan = Plan(target, query, key, value, block_table, shape, select_block_count)
     out = query.new_empty((plan.tokens, plan.heads, plan.value_dim))
     ids = query.new_empty((plan.tokens, plan.kv_heads, select_block_count), dtype=torch.int32)
     if rows is not None:  # the kernels do not come to rows that are nobody's
@@ -236,7 +242,7 @@ def compile_plans(
     query, lengths = meta(rows, heads, key_dim), meta(batch, dtype=ints)
     key, value = meta(1024, page, kv_heads, key_dim), meta(1024, page, kv_heads, value_dim)
     table = meta(batch, -(-max_tokens // page), dtype=ints)
-    plan = Plan(target, query, key, value, table, (compress_block_size, compress_stride, block, 0))
+    plan = Plan(target, query, key, value, table, (compress_block_size, compress_stride, block, 0), count)
     hides = lengths if tokens > 1 else None
     return [
         plan_split(plan, query, key, value, table, lengths, None, hides, 1.0),

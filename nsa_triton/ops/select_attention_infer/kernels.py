@@ -4,9 +4,9 @@
     out[t, h, :] = sum_i exp(s[h, i] - lse[h]) v[i, :]
 
 Names: T rows of q, N1 query heads and N2 kv heads, G = N1 / N2 heads in the group of one kv head; K ids per row, L
-tokens per block, P tokens per page. The heads of a group are the rows of a tile. A piece is what a block and a page (or
-a cut, the part of a page that fits a tile) have in common: its keys and values are one load each. The list of ids is cut into splits, so that one sequence
-alone keeps all cores busy; a second kernel joins the splits in a fixed order.
+tokens per block, P tokens per page. The heads of a group are the rows of a tile. A piece is what a block and a page, or
+a cut, the part of a page that fits a tile, have in common: its keys and values are one load each. The list of ids is
+cut into splits, so that one sequence alone keeps all cores busy; a second kernel joins the splits in a fixed order.
 """
 
 import triton
@@ -15,15 +15,16 @@ import triton.language as tl
 from nsa_triton.ops._common.primitives import (
     MASKED,
     NO_SCORE,
-    join_splits,
+    join_outputs,
+    join_states,
     page_at,
-    softmax_end,
+    query_rows,
     softmax_step,
-    split_weights,
+    store_split,
 )
 
 
-@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_table", "n_pages"])
+@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all", "n_table", "n_pages"])
 def select_attention_split(
     q,  # [T, N1, DK]
     k,  # [n_pages, P, N2, DK]
@@ -33,10 +34,11 @@ def select_attention_split(
     lengths,  # [B] int32, tokens in the cache
     rows,  # [B, 2] int32, first row of q and query tokens; dead if not RAGGED
     o,  # [T, N1, SPLITS, DV] float32, or the output itself
-    lse,  # [T, N1, SPLITS, W] float32
+    state,  # [T, N1, SPLITS, W] float32, maximum and sum, or [T, N1], the log-sum-exp itself
     scale,
     n_items,
     n_tokens,  # query tokens per batch, if not RAGGED
+    n_all,  # T
     n_table,
     n_pages,
     N2,
@@ -55,7 +57,7 @@ def select_attention_split(
     CUT: tl.constexpr,  # tokens that are loaded at once; divides P
     PIECES: tl.constexpr,  # cuts that a block may touch
     SPLITS: tl.constexpr,
-    W: tl.constexpr,  # how often the log-sum-exp is stored: once, or a row of 32 bytes for the kernel that joins splits
+    W: tl.constexpr,  # floats in 32 bytes, the least that an NPU moves
     RAGGED: tl.constexpr,
     BH: tl.constexpr,  # heads per tile
     BN: tl.constexpr,  # tokens per tile: those of the longest piece
@@ -75,18 +77,14 @@ def select_attention_split(
         i_h = i_item // SPLITS % n_tiles * BH
         i_n = i_item // (SPLITS * n_tiles) % N2
         i_b = i_item // (SPLITS * n_tiles) // N2
-        if RAGGED:
-            i_first = tl.load(rows + i_b * 2)
-            n_rows = tl.load(rows + i_b * 2 + 1)
-        else:
-            i_first = i_b * n_tokens
-            n_rows = n_tokens
+        i_begin, i_end, i_newest = query_rows(rows, i_b, n_tokens, n_all, RAGGED)
         n_kv = tl.load(lengths + i_b)
         p_table = table + i_b.to(tl.int64) * n_table
-        for i_t in range(0, n_rows):
-            i_row = (i_first + i_t).to(tl.int64)
-            n_visible = n_kv - (n_rows - 1 - i_t)
-            n_blocks = (n_visible + L - 1) // L
+        for i_t in range(i_begin, i_end):
+            i_row = i_t.to(tl.int64)
+            # each query token sees the cache up to itself
+            n_visible = tl.maximum(n_kv - (i_newest - 1 - i_row), 0).to(tl.int32)
+            n_blocks = (n_visible - 1) // L + 1
             # [BH, BK]
             p_q = q + i_row * q_t + (i_n * G + i_h) * q_h
             m_h = o_h < G - i_h
@@ -98,11 +96,11 @@ def select_attention_split(
             for i_piece in range(i_split * K // SPLITS * PIECES, (i_split + 1) * K // SPLITS * PIECES):
                 i_block = tl.load(ids + (i_row * N2 + i_n) * K + i_piece // PIECES)
                 exists = (i_block >= 0) & (i_block < n_blocks)
-                i_begin = tl.where(exists, i_block, 0) * L
-                i_end = tl.where(exists, tl.minimum(i_begin + L, n_visible), 0)
-                i_cut = (i_begin // CUT + i_piece % PIECES) * CUT
-                i_i = tl.maximum(i_begin, i_cut)
-                n_i = tl.minimum(i_end, i_cut + CUT) - i_i
+                i_0 = tl.where(exists, i_block, 0) * L
+                n_0 = tl.where(exists, tl.minimum(L, n_visible - i_0), 0)
+                i_cut = (i_0 // CUT + i_piece % PIECES) * CUT
+                i_i = tl.maximum(i_0, i_cut)
+                n_i = tl.minimum(i_0 + n_0, i_cut + CUT) - i_i
                 i_page = page_at(p_table, i_cut // P, n_table, n_pages)
                 m_n = (o_n < n_i)[:, None]
                 # [BN, BK]
@@ -115,30 +113,36 @@ def select_attention_split(
                 p_v = v + i_page * v_p + i_i % P * v_i + i_n * v_n
                 b_v = tl.load(p_v + o_n[:, None] * v_i + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
                 b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
-            b_out, b_lse = softmax_end(b_m, b_z, b_o)
             i_out = (i_row * N2 + i_n) * G + i_h
             p_o = o + (i_out * SPLITS + i_split) * DV
-            m_o = m_h[:, None] & (o_v < DV)[None, :]
-            tl.store(p_o + o_h[:, None] * (SPLITS * DV) + o_v[None, :], b_out.to(o.dtype.element_ty), mask=m_o)
-            p_lse = lse + (i_out * SPLITS + i_split) * W
             if SPLITS == 1:
-                tl.store(p_lse + o_h, tl.where(b_lse > NO_SCORE, b_lse, float("-inf")), mask=m_h)
+                seen = b_z > 0.0
+                b_sum = tl.where(seen, b_z, 1.0)
+                b_out = (b_o / b_sum[:, None]).to(o.dtype.element_ty)
+                tl.store(p_o + o_h[:, None] * DV + o_v[None, :], b_out, mask=m_h[:, None] & (o_v < DV)[None, :])
+                tl.store(state + i_out + o_h, tl.where(seen, b_m + tl.log(b_sum), float("-inf")), mask=m_h)
             else:
-                b_rows = b_lse[:, None] + tl.zeros([BH, W], tl.float32)
-                tl.store(p_lse + o_h[:, None] * (SPLITS * W) + o_w[None, :], b_rows, mask=m_h[:, None] & (o_w < W)[None, :])
+                p_state = state + (i_out * SPLITS + i_split) * W
+                store_split(p_o, p_state, b_o, b_m, b_z, o_h, o_v, o_w, m_h, SPLITS * DV, SPLITS * W, DV)
 
 
-@triton.jit(do_not_specialize=["n_items"])
+@triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all"])
 def select_attention_join(
     o,  # [T, N1, SPLITS, DV] float32
-    lse,  # [T, N1, SPLITS, W] float32
+    state,  # [T, N1, SPLITS, W] float32, maximum and sum
+    rows,  # [B, 2] int32
     out,  # [T, N1, DV]
-    out_lse,  # [T, N1] float32
-    n_items,  # T * N1
+    lse,  # [T, N1] float32
+    n_items,  # B * N1
+    n_tokens,
+    n_all,  # T
+    N1,
     SPLITS: tl.constexpr,
-    DV: tl.constexpr,
     W: tl.constexpr,
+    RAGGED: tl.constexpr,
     BS: tl.constexpr,  # SPLITS, or the power of two above it
+    BP: tl.constexpr,  # outputs that are added at once
+    DV: tl.constexpr,
     BV: tl.constexpr,  # DV, or the power of two above it
 ):
     """The splits of each head, added in a fixed order."""
@@ -147,9 +151,11 @@ def select_attention_join(
     o_v = tl.arange(0, BV)
     o_1 = tl.arange(0, 1)
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        i_out = i_item.to(tl.int64)
-        b_weight, b_lse = split_weights(lse + i_out * (SPLITS * W), o_s, o_w, SPLITS, W)
-        b_out = join_splits(o + i_out * (SPLITS * DV), b_weight, o_s, o_v, SPLITS, DV)
-        tl.store(out + i_out * DV + o_v, b_out.to(out.dtype.element_ty), mask=o_v < DV)
-        b_lse = tl.where(b_lse > 0.5 * NO_SCORE, b_lse, float("-inf"))
-        tl.store(out_lse + i_out + o_1, b_lse)
+        i_begin, i_end, _ = query_rows(rows, i_item // N1, n_tokens, n_all, RAGGED)
+        for i_t in range(i_begin, i_end):
+            i_out = i_t.to(tl.int64) * N1 + i_item % N1
+            p_state = state + i_out * (SPLITS * W)
+            b_m, b_z = join_states(p_state, o_s, o_w, SPLITS, W)
+            b_out = join_outputs(o + i_out * (SPLITS * DV), p_state, b_m, b_z, o_w, o_v, SPLITS, DV, W, BP, BV)
+            tl.store(out + i_out * DV + o_v, b_out.to(out.dtype.element_ty), mask=o_v < DV)
+            tl.store(lse + i_out + o_1, tl.where(b_m > NO_SCORE, b_m + tl.log(b_z), float("-inf")))

@@ -7,7 +7,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from nsa_triton.ops._common.paged_plan import LSE_COPIES, PagedPlan, cut_length
+from nsa_triton.ops._common.paged_plan import JOINED, STATE, PagedPlan, cut_length
 from nsa_triton.ops.select_attention_infer import kernels
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
@@ -38,34 +38,35 @@ def plan_launches(
     count = topk_indices.shape[2]
     items = plan.batch * plan.kv_heads * -(-plan.group // heads)
     splits = target.splits(items, most=count)
-    copies = LSE_COPIES if splits > 1 else 1
-    part, part_lse = out, lse
+    part, state = out, lse
     if splits > 1:
         part = out.new_empty((plan.tokens, plan.heads, splits, plan.value_dim), dtype=torch.float32)
-        part_lse = out.new_empty((plan.tokens, plan.heads, splits, copies), dtype=torch.float32)
+        state = out.new_empty((plan.tokens, plan.heads, splits, STATE), dtype=torch.float32)
+    batches = {"rows": lengths if rows is None else rows}
+    numbers = {"n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens}
     arguments = {
         "q": query, "k": key, "v": value, "ids": topk_indices, "table": block_table, "lengths": lengths,
-        "rows": lengths if rows is None else rows, "o": part, "lse": part_lse, "scale": scale,
-        "n_items": items * splits, "n_tokens": plan.tokens // plan.batch, "n_table": plan.pages_per_batch,
-        "n_pages": plan.pages, "N2": plan.kv_heads, **plan.strides,
+        **batches, "o": part, "state": state, "scale": scale, "n_items": items * splits, **numbers,
+        "n_table": plan.pages_per_batch, "n_pages": plan.pages, "N2": plan.kv_heads, **plan.strides,
     }  # fmt: skip
     constexprs = {
         "G": plan.group, "K": count, "L": block, "P": plan.page, "CUT": cut,
         # A block may begin anywhere, in steps of what it and a cut have in common.
         "PIECES": -(-(cut - gcd(block, cut) + block) // cut),
-        "SPLITS": splits, "W": copies, "RAGGED": rows is not None,
+        "SPLITS": splits, "W": STATE, "RAGGED": rows is not None,
         "BH": plan.dot_tile(heads), "BN": plan.dot_tile(min(block, cut)), **plan.head_tiles,
     }  # fmt: skip
-    first = plan.launch(
-        kernels.select_attention_split, items * splits, arguments, constexprs, config, uses_cube=True
-    )
+    first = plan.launch(kernels.select_attention_split, items * splits, arguments, constexprs, config, uses_cube=True)
     if splits == 1:
         return [first]
-    items = plan.tokens * plan.heads
-    arguments = {"o": part, "lse": part_lse, "out": out, "out_lse": lse, "n_items": items}
+    items = plan.batch * plan.heads
+    arguments = {
+        "o": part, "state": state, **batches, "out": out, "lse": lse, "n_items": items, **numbers, "N1": plan.heads,
+    }  # fmt: skip
     constexprs = {
-        "SPLITS": splits, "DV": plan.value_dim, "W": copies,
-        "BS": target.tile(splits), "BV": target.tile(plan.value_dim),
+        "SPLITS": splits, "W": STATE, "RAGGED": rows is not None, "BS": target.tile(splits),
+        "BP": target.tile(min(splits, JOINED)),
+        "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
     }  # fmt: skip
     return [first, plan.launch(kernels.select_attention_join, items, arguments, constexprs, config, uses_cube=False)]
 
