@@ -15,10 +15,12 @@ from nsa_triton.errors import (
 )
 from nsa_triton.limits import limits
 from nsa_triton.ops.compress import nsa_compress, nsa_compress_grad
+from nsa_triton.ops.compress_attention_infer import nsa_compress_attention_infer
 from nsa_triton.ops.compress_infer import nsa_compress_infer
 from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer
 from nsa_triton.vendor import (
     npu_nsa_compress,
+    npu_nsa_compress_attention_infer,
     npu_nsa_compress_grad,
     npu_nsa_compress_infer,
     npu_nsa_select_attention_infer,
@@ -37,10 +39,12 @@ __all__ = [
     "__version__",
     "limits",
     "npu_nsa_compress",
+    "npu_nsa_compress_attention_infer",
     "npu_nsa_compress_grad",
     "npu_nsa_compress_infer",
     "npu_nsa_select_attention_infer",
     "nsa_compress",
+    "nsa_compress_attention_infer",
     "nsa_compress_grad",
     "nsa_compress_infer",
     "nsa_select_attention_infer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from nsa_triton.cli.ops import LIMIT_COLUMNS, OP_COLUMNS, limit_rows, markdown, 
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-CPU_TARGET = ROOT / "bench" / "results" / "cpu" / "cpu_target.csv"
+RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- begin generated: (.+?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
 
@@ -19,15 +20,16 @@ def _operators() -> str:
     return f"{markdown(OP_COLUMNS, op_rows([]))}\n{markdown(LIMIT_COLUMNS, limit_rows([]))}"
 
 
-def _cpu_target() -> str:
-    with CPU_TARGET.open(newline="") as file:
+def _table(name: str) -> str:
+    with (RESULTS / name).open(newline="") as file:
         rows = [tuple(row) for row in csv.reader(file)]
     return markdown(rows[0], rows[1:])
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "nsa-triton ops --markdown": _operators,
-    "python bench/cpu_target.py": _cpu_target,
+    "python bench/cpu_target.py": functools.partial(_table, "cpu/cpu_target.csv"),
+    "python bench/decode_bytes.py": functools.partial(_table, "ascend/decode_bytes.csv"),
 }
 
 

@@ -14,6 +14,8 @@ from nsa_triton.settings import VARIABLES
 from tests.readme import README, ROOT, regenerated
 
 TEXT = README.read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PRINTED = ("torch.Size([125, 4, 192])", "torch.Size([2, 1, 16, 128]) torch.Size([2, 1, 16, 128])")
 
 
 def test_generated_parts_are_current():
@@ -21,11 +23,11 @@ def test_generated_parts_are_current():
 
 
 @pytest.mark.skipif(front_end_problem() is not None, reason=f"no Ascend front end: {front_end_problem()}")
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
-def test_examples_run_as_printed(snippet, tmp_path):
+@pytest.mark.parametrize(("snippet", "printed"), zip(SNIPPETS, PRINTED, strict=True), ids=("training", "decoding"))
+def test_examples_run_as_printed(snippet, printed, tmp_path):
     run = subprocess.run([sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "torch.Size([125, 4, 192])" in run.stdout
+    assert printed in run.stdout
 
 
 def test_settings_table_is_that_of_the_code():

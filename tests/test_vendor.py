@@ -44,6 +44,10 @@ def test_own_and_vendor_names_take_the_same_arguments():
 def test_paged_operators_have_the_positional_arguments_of_torch_npu():
     expected: dict[Any, list[str]] = {
         nsa_triton.npu_nsa_compress_infer: ["input", "weight", "slot_mapping", *INTEGERS, "page_block_size"],
+        nsa_triton.npu_nsa_compress_attention_infer: [
+            *("query", "key", "value", "scale_value", "head_num", "key_value_head_num", "select_block_size"),
+            *("select_block_count", "page_block_size", *INTEGERS),
+        ],
         nsa_triton.npu_nsa_select_attention_infer: [
             *("query", "key", "value", "topk_indices", "scale_value", "head_num", "key_value_head_num"),
             *("select_block_size", "select_block_count", "page_block_size"),

@@ -52,6 +52,20 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """One op that moves a tile from or to a tensor of the kernel.
+
+    bytes   of the whole tile, also where a mask may cut it short; both vector cores together
+    source  its line in the kernel; loops holds the lines of the loops around it, outermost first
+    """
+
+    op: str
+    bytes: int
+    source: str
+    loops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModuleFacts:
     """What the final module holds.
 
@@ -60,6 +74,7 @@ class ModuleFacts:
     counts     instructions in the text: {"vector" | "cube" | "dma" | "sync": {op: number}}, all cores together
     executed   the same, multiplied by the trip counts of all loops whose bounds are static
     dma_bytes  {op: bytes}, with static trip counts
+    transfers  every op that moves a tile between a tensor of the kernel and the chip
     double_buffers  how many buffers exist twice, so that copies overlap with computing
 
     and, with their source lines: accesses of the scalar unit, ops whose device templates work element by element, masks
@@ -71,6 +86,7 @@ class ModuleFacts:
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: {name: {} for name in CLASSES})
     executed: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: {name: {} for name in CLASSES})
     dma_bytes: Mapping[str, int] = field(default_factory=dict)
+    transfers: tuple[Transfer, ...] = ()
     double_buffers: int = 0
     scalar_accesses: tuple[ScalarAccess, ...] = ()
     scalar_templates: tuple[Place, ...] = ()
@@ -97,6 +113,7 @@ def module_facts(text: str) -> ModuleFacts:
         counts=counts,
         executed=executed,
         dma_bytes=_dma_bytes(device),
+        transfers=tuple(transfer for function in device for transfer in _transfers(function)),
         double_buffers=sum(_is_double_buffer(op) for function in device for op in function.ops),
         scalar_accesses=tuple(access for function in device for access in _scalar_accesses(function)),
         scalar_templates=_distinct(place for function in device for place in _scalar_templates(function)),
@@ -160,6 +177,19 @@ def _dma_bytes(device: list[Function]) -> dict[str, int]:
                 value, _, text = side
                 total[op.short] += function.trips(op) * (function.static_bytes(value, text) or 0)
     return dict(total.most_common())
+
+
+def _transfers(function: Function) -> Iterator[Transfer]:
+    """Without those between the cores of a block. Of its two vector cores each does its half of a tile, or, under a
+    condition, one of them does all of it."""
+    halves = function.name.endswith("_mix_aiv")
+    for op in function.ops:
+        side = _global_side(op) if instruction_class(op) == "dma" else None
+        if side is None or side[1].memory != "GM" or _in_workspace(function, op):
+            continue
+        cores = 2 if halves and not any(parent.name == "scf.if" for parent in op.parents) else 1
+        size = cores * (function.static_bytes(side[0], side[2]) or 0)
+        yield Transfer(op.short, size, op.source, tuple(loop.source for loop in op.loops))
 
 
 def _is_double_buffer(op: Op) -> bool:

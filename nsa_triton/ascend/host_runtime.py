@@ -16,7 +16,7 @@ LIBM = (
 )
 SYMBOLS = (
     *("memcpy", "memmove", "memset", "bcmp", "aligned_alloc"),
-    *("__extendhfsf2", "__truncsfhf2", "__truncdfhf2", "__truncsfbf2", "__truncdfbf2"),
+    *("__extendhfsf2", "__truncsfhf2", "__truncdfhf2", "__truncdfbf2"),
     *LIBM,
     *(f"{name}f" for name in LIBM),
 )
@@ -66,6 +66,24 @@ define internal void @nsa_free(ptr %pool, ptr %block) noinline nounwind {
   store ptr %next, ptr %block
   store ptr %block, ptr %list
   ret void
+}
+"""
+
+# LLVM rounds vectors inline, but calls this function for single numbers, and libgcc has it from version 13 on only.
+_TRUNCSFBF2 = """
+define bfloat @__truncsfbf2(float %x) nounwind {
+  %bits = bitcast float %x to i32
+  %high = lshr i32 %bits, 16
+  %odd = and i32 %high, 1
+  %half = add i32 %odd, 32767
+  %sum = add i32 %bits, %half
+  %rounded = lshr i32 %sum, 16
+  %nan = fcmp uno float %x, 0.0
+  %quiet = or i32 %high, 64
+  %chosen = select i1 %nan, i32 %quiet, i32 %rounded
+  %short = trunc i32 %chosen to i16
+  %result = bitcast i16 %short to bfloat
+  ret bfloat %result
 }
 """
 
@@ -198,6 +216,8 @@ def complete(text: str, name: str, signature: Sequence[str]) -> str:
                 f"@llvm.{function}.f32(", f"@nsa_{function}("
             )
             parts.append(body)
+    if " to bfloat" in text:
+        parts.append(_TRUNCSFBF2)
     text = _without_declaration(text, "llvm.fmuladd.f32")
     return "\n".join([text, *parts, "declare float @llvm.fmuladd.f32(float, float, float)\n"])
 

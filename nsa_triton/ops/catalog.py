@@ -80,6 +80,20 @@ FAMILIES = (
         ),
     ),
     Family(
+        "compress_attention_infer",
+        (
+            Op(
+                "nsa_compress_attention_infer",
+                "npu_nsa_compress_attention_infer",
+                "attention over a paged cache of compressed tokens, and the ids of the best blocks",
+                "fp16, bf16, fp32",
+                "–",
+                "any head sizes, groups, pages and lengths; true overlap scores; lengths on the device; keys are read "
+                "once; small batches fill all cores",
+            ),
+        ),
+    ),
+    Family(
         "select_attention_infer",
         (
             Op(

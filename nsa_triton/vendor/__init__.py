@@ -7,6 +7,7 @@ MindSpore     nsa_triton.vendor.mindspore.nsa_compress
 from nsa_triton.vendor import mindspore
 from nsa_triton.vendor.npu import (
     npu_nsa_compress,
+    npu_nsa_compress_attention_infer,
     npu_nsa_compress_grad,
     npu_nsa_compress_infer,
     npu_nsa_select_attention_infer,
@@ -15,6 +16,7 @@ from nsa_triton.vendor.npu import (
 __all__ = [
     "mindspore",
     "npu_nsa_compress",
+    "npu_nsa_compress_attention_infer",
     "npu_nsa_compress_grad",
     "npu_nsa_compress_infer",
     "npu_nsa_select_attention_infer",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_triton.ops.compress import library
 from nsa_triton.ops.compress.contract import check_call
+from nsa_triton.ops.compress_attention_infer import nsa_compress_attention_infer
 from nsa_triton.ops.compress_infer import nsa_compress_infer
 from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer
 
@@ -51,4 +52,5 @@ def npu_nsa_compress_grad(
 
 
 npu_nsa_compress_infer = nsa_compress_infer
+npu_nsa_compress_attention_infer = nsa_compress_attention_infer
 npu_nsa_select_attention_infer = nsa_select_attention_infer

@@ -185,6 +185,18 @@ def test_rounding_to_nearest_even(dtype: torch.dtype, low_bits: int) -> None:
     assert same(y, x.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_single_numbers(dtype: torch.dtype) -> None:
+    """Which no vector instruction does: ties to even, both neighbours of a tie, overflow, infinity, denormals, NaN."""
+    bits = (0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7FC00001, 0x00018000, 0xFF800001)
+    for n in (1, 3):  # tiles of one element, and one that is no power of two
+        for i in range(0, len(bits), n):
+            x = torch.tensor(bits[i : i + n], dtype=torch.int64).to(torch.int32).view(torch.float32)
+            y = torch.zeros(len(x), dtype=dtype)
+            launch(kernels.cast, 1, {"x": x, "y": y}, N=n)
+            assert same(y, x.to(dtype))
+
+
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool])
 def test_casts(source: torch.dtype, to: torch.dtype) -> None:

@@ -73,11 +73,10 @@ def query_rows(rows, i_b, n_tokens, n_all, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def store_split(p_o, p_state, b_o, b_m, b_z, o_r, o_v, o_w, m_r, o_stride, state_stride, DV: tl.constexpr):
-    """What a split leaves: its output [R, DV], not divided by the sum, and in a row of 32 bytes maximum and sum."""
-    tl.store(p_o + o_r[:, None] * o_stride + o_v[None, :], b_o, mask=m_r[:, None] & (o_v < DV)[None, :])
+def store_state(p_state, b_m, b_z, o_r, o_w, m_r, stride):
+    """Maximum and sum [R] of a split, in rows of 32 bytes."""
     b_state = tl.where((o_w.to(tl.float32) == 0.0)[None, :], b_m[:, None], b_z[:, None])
-    tl.store(p_state + o_r[:, None] * state_stride + o_w[None, :], b_state, mask=m_r[:, None])
+    tl.store(p_state + o_r[:, None] * stride + o_w[None, :], b_state, mask=m_r[:, None])
 
 
 @triton.jit

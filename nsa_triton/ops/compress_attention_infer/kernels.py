@@ -29,7 +29,7 @@ from nsa_triton.ops._common.primitives import (
     join_states,
     page_at,
     query_rows,
-    store_split,
+    store_state,
 )
 
 FORCED: tl.constexpr = tl.constexpr(3e38)  # the score of a block that is always chosen
@@ -57,8 +57,8 @@ def compress_attention_split(
     lengths,  # [B] int32, compressed tokens in the cache
     rows,  # [B, 2] int32, first row of q and query tokens; dead if not RAGGED
     raw_lengths,  # [B] int32, raw tokens; dead if not HIDES
-    weights,  # [PHASES, BN, BJ] float32, how often a token counts for a block
-    o,  # [N2, T, G, SPLITS, DV] float32
+    weights,  # [PHASES, BN, BC] float32, how often a token counts for a block
+    o,  # [N2, T, G, SPLITS, DV] float32, not divided by the sum; with one split the output itself, [T, N1, DV]
     state,  # [N2, T, G, SPLITS, W] float32, maximum and sum
     sums,  # [N2, T, G, n_tiles_all, BJ] float32, the sums of each tile's blocks
     edges,  # [N2, T, G, n_tiles_all + 1, W] float32: the spill of the tile before, and its maximum
@@ -93,7 +93,8 @@ def compress_attention_split(
     BQ: tl.constexpr,  # query tokens per tile
     BH: tl.constexpr,  # heads per tile
     BN: tl.constexpr,  # CUT, or the power of two above it
-    BJ: tl.constexpr,  # blocks that a tile may touch
+    BC: tl.constexpr,  # blocks that a tile may touch
+    BJ: tl.constexpr,  # blocks that it may complete
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,  # DK, or the power of two above it
@@ -105,13 +106,13 @@ def compress_attention_split(
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    o_j = tl.arange(0, BJ)
+    o_c = tl.arange(0, BC)
     o_w = tl.arange(0, W)
     # [BQ * BH] the query token of each row
     b_t = tl.reshape(o_q.to(tl.float32)[:, None] + tl.zeros([BQ, BH], tl.float32), [BQ * BH])
     n_tiles_h = (G + BH - 1) // BH
-    # [BN, BJ]
-    p_w = weights + o_n[:, None] * BJ + o_j[None, :]
+    # [BN, BC]
+    p_w = weights + o_n[:, None] * BC + o_c[None, :]
     b_fold = tl.load(p_w)
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_split = i_item % SPLITS
@@ -177,30 +178,44 @@ def compress_attention_split(
                 b_w = (b_p * b_grow[:, None]).to(b_v.dtype)
                 b_o = b_o * b_shrink[:, None] + tl.dot(b_w, b_v, input_precision="ieee")
                 b_m = b_new
-                # [BQ * BH, BJ]
+                # [BQ * BH, BC]
                 if PHASES > 1:
                     i_phase = (first_block(i_i, M, SHIFT) + 1) * M - SHIFT - i_i
-                    b_sums = tl.dot(b_p, tl.load(p_w + i_phase * (BN * BJ)), input_precision="ieee")
+                    b_sums = tl.dot(b_p, tl.load(p_w + i_phase * (BN * BC)), input_precision="ieee")
                 else:
                     b_sums = tl.dot(b_p, b_fold, input_precision="ieee")
                 p_sums = sums + (i_r * n_tiles_all + i_tile) * BJ
-                tl.store(p_sums + o_ws[:, None] * (n_tiles_all * BJ) + o_j[None, :], b_sums, mask=m_ws[:, None])
+                m_sums = m_ws[:, None] & (o_c < BJ)[None, :]
+                tl.store(p_sums + o_ws[:, None] * (n_tiles_all * BJ) + o_c[None, :], b_sums, mask=m_sums)
                 # [BQ * BH, W]
                 i_spill = (first_block(i_i + CUT, M, SHIFT) - first_block(i_i, M, SHIFT)) * 1.0
                 b_edge = tl.where(
                     (o_w.to(tl.float32) == 0.0)[None, :],
-                    column(b_sums, o_j.to(tl.float32), i_spill)[:, None],
+                    column(b_sums, o_c.to(tl.float32), i_spill)[:, None],
                     tl.where(
                         (o_w.to(tl.float32) == 1.0)[None, :],
-                        column(b_sums, o_j.to(tl.float32), i_spill + 1.0)[:, None],
+                        column(b_sums, o_c.to(tl.float32), i_spill + 1.0)[:, None],
                         b_max[:, None],
                     ),
                 )
                 p_edge = edges + (i_r * (n_tiles_all + 1) + i_tile + 1) * W
                 tl.store(p_edge + o_ws[:, None] * ((n_tiles_all + 1) * W) + o_w[None, :], b_edge, mask=m_ws[:, None])
-            p_o = o + (i_r * SPLITS + i_split) * DV
-            p_state = state + (i_r * SPLITS + i_split) * W
-            store_split(p_o, p_state, b_o, b_m, b_z, o_ws, o_v, o_w, m_ws, SPLITS * DV, SPLITS * W, DV)
+            store_state(state + (i_r * SPLITS + i_split) * W, b_m, b_z, o_ws, o_w, m_ws, SPLITS * W)
+            if SPLITS > 1:
+                p_o = o + (i_r * SPLITS + i_split) * DV + o_ws[:, None] * (SPLITS * DV) + o_v[None, :]
+                tl.store(p_o, b_o, mask=m_ws[:, None] & (o_v < DV)[None, :])
+            else:
+                b_out = (b_o / tl.where(b_z > 0.0, b_z, 1.0)[:, None]).to(o.dtype.element_ty)
+                p_o = o + ((i_row * N2 + i_n) * G + i_h) * DV
+                if BQ == 1:
+                    m_o = m_ws[:, None] & (o_v < DV)[None, :]
+                    tl.store(p_o + o_r[:, None] * DV + o_v[None, :], b_out, mask=m_o)
+                else:
+                    m_o = ((o_q < i_end - i_t)[:, None] & (o_h < G - i_h)[None, :])[:, :, None] & (o_v < DV)[
+                        None, None, :
+                    ]
+                    p_o += o_q[:, None, None] * (N2 * G * DV) + o_h[None, :, None] * DV + o_v[None, None, :]
+                    tl.store(p_o, tl.reshape(b_out, [BQ, BH, BV]), mask=m_o)
 
 
 @triton.jit
@@ -299,7 +314,7 @@ def compress_attention_choose(
         for i_t in range(i_begin, i_end):
             i_row = i_t.to(tl.int64)
             i_r = (i_n.to(tl.int64) * n_all + i_row) * G
-            for i_g in range(0, G):
+            for i_g in range(0, G if SPLITS > 1 else 0):
                 p_state = state + (i_r + i_g) * (SPLITS * W)
                 b_m, b_z = join_states(p_state, o_s, o_w, SPLITS, W)
                 p_o = o + (i_r + i_g) * (SPLITS * DV)

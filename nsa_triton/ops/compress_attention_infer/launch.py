@@ -46,9 +46,9 @@ class Geometry:
         return 1 if self.cut % self.strides == 0 else self.strides
 
     @property
-    def touched(self) -> int:
-        """The most blocks that the tokens of a tile may count for, and at least two more than it completes."""
-        return -(-(self.cut + self.strides + self.reach) // self.strides) + 1
+    def completed(self) -> int:
+        """The most blocks whose last token a tile may hold; it may touch two more."""
+        return -(-self.cut // self.strides)
 
     def first_block(self, tile: np.ndarray | int) -> np.ndarray | int:
         return (tile * self.cut + self.shift + self.strides - 1) // self.strides - 1
@@ -77,6 +77,11 @@ def first_blocks(geometry: Geometry, tiles: int, device: torch.device) -> Tensor
     return torch.from_numpy(np.asarray(geometry.first_block(np.arange(tiles)), dtype=np.float32)).to(device)
 
 
+def _eights(count: int) -> int:
+    """The multiple of eight that holds `count` floats: rows of 32 bytes."""
+    return -(-count // 8) * 8
+
+
 class Plan(PagedPlan):
     """The shapes, tiles and workspace of one call."""
 
@@ -99,21 +104,28 @@ class Plan(PagedPlan):
         rows = self.split_config.tiles["BR"]
         self.head_rows = min(rows, self.group)
         self.queries = max(1, min(MOST_QUERIES, each, rows // self.group))
-        self.columns = self.dot_tile(-(-self.geometry.touched // 8) * 8)
+        self.columns = target.tile(_eights(self.geometry.completed))
+        self.touched = self.dot_tile(_eights(self.geometry.completed + 2))
         self.tiles = -(-self.pages_per_batch * self.page // self.geometry.cut)
         self.items = self.batch * self.kv_heads * -(-self.group // self.head_rows)
-        self.splits = target.splits(self.items, most=self.tiles)
+        self.splits = target.splits(self.items, most=self._most_splits())
         self.workspace = self._workspace()
 
     def _config(self, kernel: str, geometry: tuple[int, ...], more: dict[str, int]) -> Config:
         _, stride, select, _ = geometry
         return self.config(kernel, TILES[kernel], {"strides": select // stride, **more})
 
+    def _most_splits(self) -> int:
+        """As many as make the outputs of splits, written and read in float32, a twentieth of the keys and values."""
+        of_output = self.group * self.value_dim * 8
+        of_token = (self.key_dim + self.value_dim) * self.dtype.itemsize
+        return max(1, self.tiles * self.geometry.cut * of_token // (20 * of_output))
+
     def _workspace(self) -> dict[str, Tensor]:
-        """What the first launch leaves for the second; 1 / M of the size of a float32 score per head and token."""
+        """What the first launch leaves for the second: M times less than a float32 score per head and token."""
         rows = (self.kv_heads, self.tokens, self.group)
         shapes = {
-            "o": (*rows, self.splits, self.value_dim),
+            "o": (*rows, self.splits if self.splits > 1 else 0, self.value_dim),
             "state": (*rows, self.splits, STATE),
             "sums": (*rows, self.tiles, self.columns),
             "edges": (*rows, self.tiles + 1, STATE),
@@ -131,6 +143,7 @@ def plan_split(
     rows: Tensor | None,
     raw_lengths: Tensor | None,
     scale: float,
+    out: Tensor,
 ) -> Launch:
     geometry = plan.geometry
     heads = plan.head_rows
@@ -144,7 +157,8 @@ def plan_split(
     arguments = {
         "q": query, "k": key, "v": value, "table": block_table, "lengths": lengths,
         "rows": lengths if rows is None else rows, "raw_lengths": lengths if raw_lengths is None else raw_lengths,
-        "weights": fold_weights(geometry, tokens, plan.columns, plan.device), **plan.workspace, "scale": scale,
+        "weights": fold_weights(geometry, tokens, plan.touched, plan.device),
+        **plan.workspace, **({"o": out} if plan.splits == 1 else {}), "scale": scale,
         "n_items": plan.items * plan.splits, "n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens,
         "n_table": plan.pages_per_batch, "n_pages": plan.pages, "n_tiles_all": plan.tiles, "N2": plan.kv_heads,
         **plan.strides,
@@ -153,7 +167,8 @@ def plan_split(
         "G": plan.group, "P": plan.page, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
         "M": geometry.strides, "SHIFT": geometry.shift, "PHASES": geometry.phases, "SPLITS": plan.splits,
         "W": STATE, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
-        "BQ": queries, "BH": heads, "BN": tokens, "BJ": plan.columns, **plan.head_tiles,
+        "BQ": queries, "BH": heads, "BN": tokens, "BC": plan.touched, "BJ": plan.columns,
+        **plan.head_tiles,
     }  # fmt: skip
     items = plan.items * plan.splits
     return plan.launch(
@@ -211,7 +226,7 @@ def forward(
     if rows is not None:  # the kernels do not come to rows that are nobody's
         out.zero_()
         ids.fill_(-1)
-    split = plan_split(plan, query, key, value, block_table, lengths, rows, raw_lengths, scale)
+    split = plan_split(plan, query, key, value, block_table, lengths, rows, raw_lengths, scale, out)
     for launch in (split, plan_choose(plan, lengths, rows, out, ids)):
         launch.run(target, query.device)
     return out, ids
@@ -244,7 +259,8 @@ def compile_plans(
     table = meta(batch, -(-max_tokens // page), dtype=ints)
     plan = Plan(target, query, key, value, table, (compress_block_size, compress_stride, block, 0), count)
     hides = lengths if tokens > 1 else None
+    out = meta(rows, heads, value_dim)
     return [
-        plan_split(plan, query, key, value, table, lengths, None, hides, 1.0),
-        plan_choose(plan, lengths, None, meta(rows, heads, value_dim), meta(rows, kv_heads, count, dtype=ints)),
+        plan_split(plan, query, key, value, table, lengths, None, hides, 1.0, out),
+        plan_choose(plan, lengths, None, out, meta(rows, kv_heads, count, dtype=ints)),
     ]

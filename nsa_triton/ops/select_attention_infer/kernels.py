@@ -20,7 +20,7 @@ from nsa_triton.ops._common.primitives import (
     page_at,
     query_rows,
     softmax_step,
-    store_split,
+    store_state,
 )
 
 
@@ -122,8 +122,9 @@ def select_attention_split(
                 tl.store(p_o + o_h[:, None] * DV + o_v[None, :], b_out, mask=m_h[:, None] & (o_v < DV)[None, :])
                 tl.store(state + i_out + o_h, tl.where(seen, b_m + tl.log(b_sum), float("-inf")), mask=m_h)
             else:
-                p_state = state + (i_out * SPLITS + i_split) * W
-                store_split(p_o, p_state, b_o, b_m, b_z, o_h, o_v, o_w, m_h, SPLITS * DV, SPLITS * W, DV)
+                p_o += o_h[:, None] * (SPLITS * DV) + o_v[None, :]
+                tl.store(p_o, b_o, mask=m_h[:, None] & (o_v < DV)[None, :])
+                store_state(state + (i_out * SPLITS + i_split) * W, b_m, b_z, o_h, o_w, m_h, SPLITS * W)
 
 
 @triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all"])

@@ -1,0 +1,193 @@
+"""What a legal call of compress_attention_infer is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
+from nsa_triton.limits import check
+from nsa_triton.ops._common import arguments, pages
+from nsa_triton.ops._common.arguments import Meta, check_size
+from nsa_triton.ops._common.implementation import check_impl
+from nsa_triton.ops._common.lengths import check_batch_lengths, host_ints, on_device
+from nsa_triton.ops._common.queries import check_layout, refuse_bad_rows
+
+OP = "nsa_compress_attention_infer"
+LAYOUTS = ("TND", "BSND")
+IMPORTANCES = ("cann", "overlap")
+QLEN, CMP_LEN, RAW_LEN = "actual_seq_qlen", "actual_cmp_seq_kvlen", "actual_sel_seq_kvlen"
+SIZES = ("select_block_size", "select_block_count", "page_block_size", "compress_block_size", "compress_stride")
+# Of the registered operator.
+SHAPES = {
+    "query": "[T, N1, Dk]",
+    "key": "[pages, page, N2, Dk]",
+    "value": "[pages, page, N2, Dv]",
+    "block_table": "[B, max_blocks]",
+    "lengths": "[B]",
+    "rows": "[B, 2]",
+    "raw_lengths": "[B]",
+}
+
+
+def check_types(**call: Any) -> None:
+    """Check the arguments of a public call one by one."""
+    for name in ("query", "key", "value"):
+        arguments.check_tensor(name, call[name])
+    for name in ("atten_mask", "block_table", "topk_mask"):
+        if call[name] is not None:
+            arguments.check_tensor(name, call[name])
+    arguments.check_scale("scale_value", call["scale_value"])
+    for name in ("head_num", "key_value_head_num", *SIZES):
+        arguments.check_int(name, call[name])
+    check_layout(call["layout"], LAYOUTS)
+    for name in (QLEN, CMP_LEN, RAW_LEN):
+        if not (on_device(call[name]) or (name != CMP_LEN and call[name] is None)):
+            host_ints(call[name], name)
+    check_importance(call["importance"])
+    check_impl(call["impl"])
+    if call["key_value_head_num"] < 1:  # what follows divides by it
+        raise ArgumentValueError("key_value_head_num", "at least 1", call["key_value_head_num"])
+
+
+def check_importance(importance: Any) -> None:
+    if not isinstance(importance, str):
+        raise ArgumentTypeError("importance", f"one of {', '.join(IMPORTANCES)}", type(importance).__name__)
+    if importance not in IMPORTANCES:
+        raise ArgumentValueError("importance", f"one of {', '.join(IMPORTANCES)}", repr(importance))
+
+
+def check_host_lengths(
+    call: Mapping[str, Any], key: Tensor, block_table: Tensor | None, batch: int, block: int, stride: int
+) -> None:
+    """Check the lengths that are on the host. `call` has those of compressed tokens and, where query tokens see
+    different ones, those of raw and of query tokens."""
+    known = {name: host_ints(given, name) for name, given in call.items() if given is not None and not on_device(given)}
+    for name, values in known.items():
+        check_batch_lengths(values, name, batch)
+    if CMP_LEN in known:
+        columns = None if block_table is None else block_table.shape[1]
+        pages.check_capacity(known[CMP_LEN], CMP_LEN, key.shape[1], key.shape[0], columns)
+    if RAW_LEN in known:
+        check_raw_lengths(known[RAW_LEN], known.get(CMP_LEN), known.get(QLEN), block, stride)
+
+
+@functools.lru_cache(maxsize=64)
+def check_raw_lengths(
+    raw: tuple[int, ...], compressed: tuple[int, ...] | None, queries: tuple[int, ...] | None, block: int, stride: int
+) -> None:
+    """Raise unless compressed tokens are those of all complete windows, and query tokens are among the raw ones."""
+    for index, tokens in enumerate(raw):
+        windows = max(0, (tokens - block) // stride + 1)
+        if compressed is not None and compressed[index] != windows:
+            expected = f"{windows} at index {index}, the complete windows of the {tokens} tokens in {RAW_LEN}"
+            raise ArgumentValueError(CMP_LEN, expected, compressed[index])
+        if queries is not None and queries[index] > tokens:
+            expected = f"at most {tokens} at index {index}, the length in {RAW_LEN}"
+            raise ArgumentValueError(QLEN, expected, queries[index], f"{RAW_LEN} counts the query tokens too")
+
+
+def check_call(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int], *, mode: str = "structural") -> None:
+    """Check dtypes, devices, shapes and limits of canonical tensors (see SHAPES), once for each kind of call.
+
+    `numbers` are quantities of the table of limits that the tensors do not say, or say in the words of a public call.
+    """
+    metas = tuple((name, Meta.of(tensor)) for name, tensor in tensors.items() if tensor is not None)
+    given = tuple(numbers.items())
+    sizes = (*(number for _, number in given), *(size for _, meta in metas for size in meta.shape))
+    # The symbolic ints of torch.compile have no value to cache by.
+    function = _check_call_once if set(map(type, sizes)) == {int} else _check_call
+    function(metas, given, mode)
+    for name in ("key", "value"):
+        pages.check_dense(name, tensors[name])  # type: ignore[arg-type]
+
+
+def _check_call(metas: tuple[tuple[str, Meta], ...], numbers: tuple[tuple[str, int], ...], mode: str) -> None:
+    call = dict(metas)
+    _check_kinds(call, mode)
+    query, key, value = (call[name] for name in ("query", "key", "value"))
+    given = {
+        "page_block_size": key.shape[1],
+        "N1": query.shape[1],
+        "query heads": query.shape[1],
+        "N2": key.shape[2],
+        "key heads": key.shape[2],
+        "value heads": value.shape[2],
+        "key head size": key.shape[3],
+        "Dk": query.shape[2],
+        "Dv": value.shape[3],
+        **({"B": call["block_table"].shape[0]} if "block_table" in call else {}),
+        **dict(numbers),
+    }
+    for argument, name in ((CMP_LEN, "B"), ("key_value_head_num", "N2")):  # first, because they divide
+        if given[name] < 1:
+            raise ArgumentValueError(argument, f"at least one ({name})", given[name])
+    if "rows" not in call and "S" not in given:
+        if query.shape[0] % given["B"]:
+            raise ArgumentValueError("query.shape[0]", f"a multiple of B = {given['B']}", query.shape[0])
+        given["S"] = query.shape[0] // given["B"]
+    group = given["N1"] // given["N2"]
+    given |= {"head_num": given["N1"], "G": group, "128 % G": 128 % group if group > 0 else 0}
+    check(OP, given, mode)
+    _check_sizes(call, given)
+
+
+_check_call_once = functools.lru_cache(maxsize=128)(_check_call)
+
+
+def _check_kinds(call: Mapping[str, Meta], mode: str) -> None:
+    """Dtypes, devices and ranks."""
+    query = call["query"]
+    for name in ("key", "value"):
+        arguments.check_same_dtype(name, call[name], "query", query)
+    check(OP, {"dtype": query.dtype}, mode)
+    for name, meta in call.items():
+        if name not in ("query", "key", "value") and meta.dtype != torch.int32:
+            raise ArgumentTypeError(f"{name}.dtype", "torch.int32", meta.dtype, "Call .int()")
+        arguments.check_same_device(name, meta, "query", query)
+        arguments.check_rank(name, meta, SHAPES[name])
+
+
+def _check_sizes(call: Mapping[str, Meta], given: Mapping[str, int]) -> None:
+    """Sizes that have to agree, and those that may not be 0."""
+    for name in ("key", "value"):
+        check_size(name, call[name], 1, given["page_block_size"], "page_block_size")
+    check_size("value", call["value"], 0, call["key"].shape[0], "the pages of key")
+    for name in ("block_table", "lengths", "rows", "raw_lengths"):
+        if name in call:
+            check_size(name, call[name], 0, given["B"], "one for each batch (B)")
+    if "rows" in call:
+        check_size("rows", call["rows"], 1, 2, "the first row and the query tokens of a batch")
+    least = {"key.shape[0]": call["key"].shape[0]}
+    if "block_table" in call:
+        least["block_table.shape[1]"] = call["block_table"].shape[1]
+    for argument, size in least.items():
+        if size < 1:
+            raise ArgumentValueError(argument, "at least 1", size)
+
+
+def refuse_bad_indices(
+    query: Tensor,
+    key: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    raw_lengths: Tensor | None,
+    block: int,
+    stride: int,
+) -> None:
+    """Raise for pages and lengths that are wrong and that kernels do not check. Reads them back to the host."""
+    n_pages, page = key.shape[:2]
+    pages.refuse_missing_pages(CMP_LEN, lengths, block_table, page)
+    first_token = torch.arange(block_table.shape[1], device=lengths.device) * page
+    pages.refuse_bad_pages(block_table, n_pages, first_token < lengths.long()[:, None])
+    if rows is not None:
+        refuse_bad_rows(rows, query.shape[0])
+    if raw_lengths is not None:
+        each = query.shape[0] // lengths.shape[0]
+        queries = [each] * lengths.shape[0] if rows is None else rows[:, 1].tolist()
+        check_raw_lengths(tuple(raw_lengths.tolist()), tuple(lengths.tolist()), tuple(queries), block, stride)
