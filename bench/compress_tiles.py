@@ -1,6 +1,6 @@
 """Measure the tiles of compress on this CPU and write autotune_configs/cpu/compress.json.
 
-    python bench/compress_tiles.py
+    python -m bench.compress_tiles
 
 Every candidate is first held against the default tiles' result, then all candidates of a kernel take turns, so that a
 busy machine slows them alike. The entries hold medians; only their ratios carry over to another machine.

@@ -1,6 +1,6 @@
 """How fast the CPU target is: matrix tiles against torch.mm, launch overhead, compile times. Writes a CSV.
 
-    python bench/cpu_target.py
+    python -m bench.cpu_target
 
 Times are medians, on whatever machine this is; only the ratio to torch.mm in the same run carries over to another. CPU
 numbers say nothing of NPU numbers.
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kernels import add_one, repeated_dot
 from torch import Tensor
 
+from bench.kernels import add_one, repeated_dot
 from nsa_triton.ascend.lower import Specialization, signature_of
 from nsa_triton.ascend.native import NativeKernel, compile_object, native_kernel
 from nsa_triton.runtime.executors.host import HostExecutor

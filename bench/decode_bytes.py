@@ -5,7 +5,7 @@ its loops turn follows from the shape: their product, over all transfers between
 printed. Nothing is measured. Traffic between the cores of a block and scalars such as page ids are not counted; what
 stands outside of the loops, one table of constants that all programs read, counts once.
 
-    python bench/decode_bytes.py            # rewrites bench/results/ascend/decode_bytes.csv, which the README shows
+    python -m bench.decode_bytes            # rewrites bench/results/ascend/decode_bytes.csv, which the README shows
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def _table(name: str) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "nsa-triton ops --markdown": _operators,
-    "python bench/cpu_target.py": functools.partial(_table, "cpu/cpu_target.csv"),
-    "python bench/decode_bytes.py": functools.partial(_table, "ascend/decode_bytes.csv"),
+    "python -m bench.cpu_target": functools.partial(_table, "cpu/cpu_target.csv"),
+    "python -m bench.decode_bytes": functools.partial(_table, "ascend/decode_bytes.csv"),
 }
 
 

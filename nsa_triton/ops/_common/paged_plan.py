@@ -36,8 +36,8 @@ class PagedPlan:
         key = {
             "itemsize": self.dtype.itemsize,
             "head_dim": max(self.key_dim, self.value_dim),
+            "value_dim": self.value_dim,
             "group": self.group,
-            "page": self.page,
             **more,
         }
         return lookup(self.op, kernel, self.target, key, self.pages_per_batch * self.page, tiles)

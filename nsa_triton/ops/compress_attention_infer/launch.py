@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nsa_triton.ops._common.paged_plan import JOINED, STATE, PagedPlan, cut_length
 from nsa_triton.ops.compress_attention_infer import kernels
-from nsa_triton.runtime.configs import Config
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
 
 OP = "compress_attention_infer"
 # BR rows (heads times query tokens) and BN compressed tokens per tile; BE blocks that are looked at at once.
-TILES = {"compress_attention_split": ("BR", "BN"), "compress_attention_choose": ("BE",)}
+SPLIT, CHOOSE = "compress_attention_split", "compress_attention_choose"
+TILES = {SPLIT: ("BR", "BN"), CHOOSE: ("BE",)}
 MOST_QUERIES = 4  # query tokens per tile
 
 
@@ -78,8 +78,8 @@ def first_blocks(geometry: Geometry, tiles: int, device: torch.device) -> Tensor
 
 
 def _eights(count: int) -> int:
-    """The multiple of eight that holds `count` floats: rows of 32 bytes."""
-    return -(-count // 8) * 8
+    """The multiple of eight, 16 or more, that holds `count` floats: rows of 64 bytes or more."""
+    return max(16, -(-count // 8) * 8)
 
 
 class Plan(PagedPlan):
@@ -97,9 +97,9 @@ class Plan(PagedPlan):
     ) -> None:
         super().__init__(OP, target, query, key, value, block_table)
         each = -(-self.tokens // self.batch)
-        self.split_config = self._config("compress_attention_split", geometry, {"queries": each})
-        self.choose_config = self._config("compress_attention_choose", geometry, {"count": count})
         block, stride, select, shift = geometry
+        self.split_config = self.config(SPLIT, TILES[SPLIT], {"queries": each, "strides": select // stride})
+        self.choose_config = self.config(CHOOSE, TILES[CHOOSE], {"count": count})
         self.geometry = Geometry(block, stride, select, cut_length(self.page, self.split_config.tiles["BN"]), shift)
         rows = self.split_config.tiles["BR"]
         self.head_rows = min(rows, self.group)
@@ -110,10 +110,6 @@ class Plan(PagedPlan):
         self.items = self.batch * self.kv_heads * -(-self.group // self.head_rows)
         self.splits = target.splits(self.items, most=self._most_splits())
         self.workspace = self._workspace()
-
-    def _config(self, kernel: str, geometry: tuple[int, ...], more: dict[str, int]) -> Config:
-        _, stride, select, _ = geometry
-        return self.config(kernel, TILES[kernel], {"strides": select // stride, **more})
 
     def _most_splits(self) -> int:
         """As many as make the outputs of splits, written and read in float32, a twentieth of the keys and values."""
@@ -178,7 +174,7 @@ def plan_split(
 
 def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, ids: Tensor) -> Launch:
     geometry, target = plan.geometry, plan.target
-    tiles = plan.choose_config.tiles["BE"] // plan.columns
+    tiles = max(1, plan.choose_config.tiles["BE"] // plan.columns)
     if not target.is_ascend_code:
         tiles = 1 << tiles.bit_length() - 1  # the power of two below
     items = plan.batch * plan.kv_heads

@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from nsa_triton.ascend.toolchain import compilers, front_end_problem
-from nsa_triton.runtime.target import ascend_target
+from nsa_triton.ascend.toolchain import compilers
+from tests.compiling import CHIPS, VERSIONS, no_ascend, problems, reports
 
-if front_end_problem() is not None or not compilers():
-    pytest.skip(f"no Ascend toolchain: {front_end_problem() or 'no ascendnpu-ir'}", allow_module_level=True)
+if reason := no_ascend():
+    pytest.skip(reason, allow_module_level=True)
 
-from nsa_triton.ascend.chips import chip
-from nsa_triton.ascend.compile import Job, compile_many
 from nsa_triton.ops.select_attention_infer import launch
 from nsa_triton.ops.select_attention_infer.cases import COMPILES
 
-CHIPS = ("Ascend910B1", "Ascend910B4", "Ascend910_9392")
-VERSIONS = ("1.2.0", "1.0.0")
-
-
-def jobs(chip_name, version, shapes):
-    """One job per different kernel."""
-    compiler = next(compiler for compiler in compilers() if compiler.version == version)
-    one = chip(chip_name)
-    target = ascend_target(one.name, one.vector_cores, one.cube_cores)
-    found = {}
-    for shape in shapes:
-        for plan in launch.compile_plans(target, *shape):
-            spec = plan.specialization()
-            found[spec.key()] = Job(spec, one.name, compiler, plan.options)
-    return list(found.values())
+# For every entry of the shipped file the largest tiles it makes, with many splits and with one: dtype, batches, heads
+# of the one group, key and value head size.
+WORST = [
+    (dtype, batch, 32, 1, key_dim, value_dim, 128, 16, 128, 4)
+    for dtype in (torch.bfloat16, torch.float32)
+    for batch in (1, 64)
+    for key_dim, value_dim in ((256, 128), (256, 256), (512, 256))
+]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("chip_name", CHIPS)
 def test_every_case_compiles_without_problems(chip_name, version):
-    if version not in {compiler.version for compiler in compilers()}:
-        pytest.skip(f"ascendnpu-ir {version} is not installed; `nsa-triton compile --compiler {version}` says how")
-    reports = compile_many(jobs(chip_name, version, COMPILES))
-    assert {report.label: report.problems() for report in reports if report.problems()} == {}
+    assert problems(launch, chip_name, version, COMPILES) == {}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_shipped_config_compiles_without_problems(version):
+    assert problems(launch, CHIPS[0], version, WORST) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("chip_name", CHIPS[1:])
+def test_every_shipped_config_compiles_for_the_other_chips(chip_name, version):
+    assert problems(launch, chip_name, version, WORST) == {}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wide_values_fill_the_unified_buffer_and_compile(version):
+    """As the notes of their configs say."""
+    shapes = [(dtype, 64, 16, 1, 512, 512, 128, 16, 128, 1) for dtype in (torch.bfloat16, torch.float32)]
+    found = problems(launch, CHIPS[0], version, shapes)
+    assert all(problem.startswith("UB is") for of_kernel in found.values() for problem in of_kernel), found
 
 
 def test_products_are_made_on_the_cube_and_the_splits_joined_on_the_vector_cores():
-    reports = compile_many(jobs("Ascend910B2", compilers()[0].version, COMPILES[:1]))
-    modes = {report.kernel: report.mix_mode for report in reports}
+    found = reports(launch, "Ascend910B2", compilers()[0].version, COMPILES[:1])
+    modes = {report.kernel: report.mix_mode for report in found}
     assert modes["select_attention_split"] == "mix"
     assert modes["select_attention_join"] == "aiv"

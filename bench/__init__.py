@@ -1,0 +1,1 @@
+"""Microbenchmarks and counts; their results are under results/."""
