@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 from nsa_triton.limits import check
-from nsa_triton.ops._common import arguments, pages
-from nsa_triton.ops._common.arguments import Meta, check_size
+from nsa_triton.ops._common import arguments, paged_contract, pages
+from nsa_triton.ops._common.arguments import Meta
 from nsa_triton.ops._common.implementation import check_impl
 from nsa_triton.ops._common.lengths import check_batch_lengths, host_ints, on_device
 from nsa_triton.ops._common.queries import check_layout, refuse_bad_rows
@@ -22,16 +22,6 @@ LAYOUTS = ("TND", "BSND")
 IMPORTANCES = ("cann", "overlap")
 QLEN, CMP_LEN, RAW_LEN = "actual_seq_qlen", "actual_cmp_seq_kvlen", "actual_sel_seq_kvlen"
 SIZES = ("select_block_size", "select_block_count", "page_block_size", "compress_block_size", "compress_stride")
-# Of the registered operator.
-SHAPES = {
-    "query": "[T, N1, Dk]",
-    "key": "[pages, page, N2, Dk]",
-    "value": "[pages, page, N2, Dv]",
-    "block_table": "[B, max_blocks]",
-    "lengths": "[B]",
-    "rows": "[B, 2]",
-    "raw_lengths": "[B]",
-}
 
 
 def check_types(**call: Any) -> None:
@@ -92,7 +82,7 @@ def check_raw_lengths(
 
 
 def check_call(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int], *, mode: str = "structural") -> None:
-    """Check dtypes, devices, shapes and limits of canonical tensors (see SHAPES), once for each kind of call.
+    """Check dtypes, devices, shapes and limits of canonical tensors (paged_contract.SHAPES), once per kind of call.
 
     `numbers` are quantities of the table of limits that the tensors do not say, or say in the words of a public call.
     """
@@ -108,66 +98,14 @@ def check_call(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int],
 
 def _check_call(metas: tuple[tuple[str, Meta], ...], numbers: tuple[tuple[str, int], ...], mode: str) -> None:
     call = dict(metas)
-    _check_kinds(call, mode)
-    query, key, value = (call[name] for name in ("query", "key", "value"))
-    given = {
-        "page_block_size": key.shape[1],
-        "N1": query.shape[1],
-        "query heads": query.shape[1],
-        "N2": key.shape[2],
-        "key heads": key.shape[2],
-        "value heads": value.shape[2],
-        "key head size": key.shape[3],
-        "Dk": query.shape[2],
-        "Dv": value.shape[3],
-        **({"B": call["block_table"].shape[0]} if "block_table" in call else {}),
-        **dict(numbers),
-    }
-    for argument, name in ((CMP_LEN, "B"), ("key_value_head_num", "N2")):  # first, because they divide
-        if given[name] < 1:
-            raise ArgumentValueError(argument, f"at least one ({name})", given[name])
-    if "rows" not in call and "S" not in given:
-        if query.shape[0] % given["B"]:
-            raise ArgumentValueError("query.shape[0]", f"a multiple of B = {given['B']}", query.shape[0])
-        given["S"] = query.shape[0] // given["B"]
-    group = given["N1"] // given["N2"]
-    given |= {"head_num": given["N1"], "G": group, "128 % G": 128 % group if group > 0 else 0}
-    check(OP, given, mode)
-    _check_sizes(call, given)
+    paged_contract.check_kinds(OP, call, mode)
+    given = paged_contract.quantities(call, dict(numbers))
+    group = given["G"]
+    check(OP, {**given, "128 % G": 128 % group if group > 0 else 0}, mode)
+    paged_contract.check_sizes(call, given)
 
 
 _check_call_once = functools.lru_cache(maxsize=128)(_check_call)
-
-
-def _check_kinds(call: Mapping[str, Meta], mode: str) -> None:
-    """Dtypes, devices and ranks."""
-    query = call["query"]
-    for name in ("key", "value"):
-        arguments.check_same_dtype(name, call[name], "query", query)
-    check(OP, {"dtype": query.dtype}, mode)
-    for name, meta in call.items():
-        if name not in ("query", "key", "value") and meta.dtype != torch.int32:
-            raise ArgumentTypeError(f"{name}.dtype", "torch.int32", meta.dtype, "Call .int()")
-        arguments.check_same_device(name, meta, "query", query)
-        arguments.check_rank(name, meta, SHAPES[name])
-
-
-def _check_sizes(call: Mapping[str, Meta], given: Mapping[str, int]) -> None:
-    """Sizes that have to agree, and those that may not be 0."""
-    for name in ("key", "value"):
-        check_size(name, call[name], 1, given["page_block_size"], "page_block_size")
-    check_size("value", call["value"], 0, call["key"].shape[0], "the pages of key")
-    for name in ("block_table", "lengths", "rows", "raw_lengths"):
-        if name in call:
-            check_size(name, call[name], 0, given["B"], "one for each batch (B)")
-    if "rows" in call:
-        check_size("rows", call["rows"], 1, 2, "the first row and the query tokens of a batch")
-    least = {"key.shape[0]": call["key"].shape[0]}
-    if "block_table" in call:
-        least["block_table.shape[1]"] = call["block_table"].shape[1]
-    for argument, size in least.items():
-        if size < 1:
-            raise ArgumentValueError(argument, "at least 1", size)
 
 
 def refuse_bad_indices(

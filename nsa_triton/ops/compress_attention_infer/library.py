@@ -7,6 +7,7 @@ made by torch.compile do not come through the checks of api.py. It has no gradie
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,74 +20,63 @@ from nsa_triton.ops.compress_attention_infer.contract import check_call, check_i
 from nsa_triton.settings import settings
 
 OutputAndIds = tuple[Tensor, Tensor]
+SIZES = ("compress_block_size", "compress_stride", "select_block_size", "select_block_count")
 
 
-def _compress_attention_infer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    raw_lengths: Tensor | None,
-    scale: float,
-    compress_block_size: int,
-    compress_stride: int,
-    select_block_size: int,
-    select_block_count: int,
-    importance: str,
-    impl: str,
-) -> OutputAndIds:
-    sizes = (compress_block_size, compress_stride, select_block_size, select_block_count)
-    _check((query, key, value, block_table, lengths, rows, raw_lengths), sizes, importance, "structural")
-    if query.shape[0] == 0:
-        return _outputs(query, value, select_block_count)
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    query: Tensor  # [T, N1, Dk]
+    key: Tensor  # [pages, page, N2, Dk]
+    value: Tensor  # [pages, page, N2, Dv]
+    block_table: Tensor  # [B, max_blocks]
+    lengths: Tensor  # [B] compressed tokens
+    rows: Tensor | None  # [B, 2] first row and query tokens; None: T / B tokens each
+    raw_lengths: Tensor | None  # [B], where early query tokens see less
+    scale: float
+    compress_block_size: int
+    compress_stride: int
+    select_block_size: int
+    select_block_count: int
+    importance: str
+    impl: str
+
+
+def _compress_attention_infer(*arguments: Any) -> OutputAndIds:
+    call = Call(*arguments)
+    _check(call, "structural")
+    if call.query.shape[0] == 0:
+        return _outputs(call)
     if settings().check_indices:
-        refuse_bad_indices(query, key, block_table, lengths, rows, raw_lengths, compress_block_size, compress_stride)
+        refuse_bad_indices(call.query, call.key, *call[3:7], call.compress_block_size, call.compress_stride)
     # Kernels want dense indices and rows of consecutive elements. These tensors are small; a cache is never copied.
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    indices = [None if given is None else given.contiguous() for given in (block_table, lengths, rows, raw_lengths)]
-    arguments = (query, key, value, *indices, scale, *sizes, importance)
+    query = call.query if call.query.stride(-1) == 1 else call.query.contiguous()
+    indices = [None if given is None else given.contiguous() for given in call[3:7]]
+    dense: tuple[Any, ...] = (query, call.key, call.value, *indices, *call[7:-1])
     return run(
-        impl,
+        call.impl,
         query.dtype,
-        kernels=lambda: launcher("compress_attention_infer").forward(*arguments),
-        reference=lambda: reference.forward(*arguments),  # type: ignore[arg-type]
+        kernels=lambda: launcher("compress_attention_infer").forward(*dense),
+        reference=lambda: reference.forward(*dense),
     )
 
 
-def _compress_attention_infer_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    raw_lengths: Tensor | None,
-    scale: float,
-    compress_block_size: int,
-    compress_stride: int,
-    select_block_size: int,
-    select_block_count: int,
-    importance: str,
-    impl: str,
-) -> OutputAndIds:
-    sizes = (compress_block_size, compress_stride, select_block_size, select_block_count)
-    _check((query, key, value, block_table, lengths, rows, raw_lengths), sizes, importance, mode_in_force())
-    return _outputs(query, value, select_block_count)
+def _compress_attention_infer_fake(*arguments: Any) -> OutputAndIds:
+    call = Call(*arguments)
+    _check(call, mode_in_force())
+    return _outputs(call)
 
 
-def _check(tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], importance: str, mode: str) -> None:
-    names = ("query", "key", "value", "block_table", "lengths", "rows", "raw_lengths")
-    size_names = ("compress_block_size", "compress_stride", "select_block_size", "select_block_count")
-    check_importance(importance)
-    check_call(dict(zip(names, tensors, strict=True)), dict(zip(size_names, sizes, strict=True)), mode=mode)
+def _check(call: Call, mode: str) -> None:
+    check_importance(call.importance)
+    given = call._asdict()
+    check_call({name: given[name] for name in Call._fields[:7]}, {name: given[name] for name in SIZES}, mode=mode)
 
 
-def _outputs(query: Tensor, value: Tensor, count: int) -> OutputAndIds:
-    tokens, heads, _ = query.shape
-    ids = query.new_empty((tokens, value.shape[2], count), dtype=torch.int32)
-    return query.new_empty((tokens, heads, value.shape[3])), ids
+def _outputs(call: Call) -> OutputAndIds:
+    query, value = call.query, call.value
+    ids = query.new_empty((query.shape[0], value.shape[2], call.select_block_count), dtype=torch.int32)
+    return query.new_empty((*query.shape[:2], value.shape[3])), ids
 
 
 compress_attention_infer: Callable[..., OutputAndIds] = register(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 from nsa_triton.limits import check
-from nsa_triton.ops._common import arguments, pages
-from nsa_triton.ops._common.arguments import Meta
+from nsa_triton.ops._common import arguments, paged_contract, pages
+from nsa_triton.ops._common.arguments import Meta, check_size
 from nsa_triton.ops._common.implementation import check_impl
 from nsa_triton.ops._common.indices import refuse_outside
 from nsa_triton.ops._common.lengths import host_ints, on_device
@@ -22,16 +22,6 @@ OP = "nsa_select_attention_infer"
 LAYOUTS = ("BSH", "BSND", "TND")
 KVLEN, QLEN = "actual_seq_kvlen", "actual_seq_qlen"
 INTEGERS = ("head_num", "key_value_head_num", "select_block_size", "select_block_count", "page_block_size")
-# Of the registered operator.
-SHAPES = {
-    "query": "[T, N1, Dk]",
-    "key": "[pages, page, N2, Dk]",
-    "value": "[pages, page, N2, Dv]",
-    "topk_indices": "[T, N2, K]",
-    "block_table": "[B, max_blocks]",
-    "lengths": "[B]",
-    "rows": "[B, 2]",
-}
 
 
 def check_types(**call: Any) -> None:
@@ -89,7 +79,7 @@ def check_call(
     *,
     mode: str = "structural",
 ) -> None:
-    """Check dtypes, devices, shapes and limits of canonical tensors (see SHAPES), once for each kind of call.
+    """Check dtypes, devices, shapes and limits of canonical tensors (paged_contract.SHAPES), once per kind of call.
 
     `integers` are quantities of the table of limits: what a public call, which has no lengths yet, says in numbers.
     """
@@ -107,74 +97,19 @@ def _check_call(
     metas: tuple[tuple[str, Meta], ...], select_block_size: int, numbers: tuple[tuple[str, int], ...], mode: str
 ) -> None:
     call = dict(metas)
-    _check_kinds(call, mode)
-    query, key, value, ids = (call[name] for name in ("query", "key", "value", "topk_indices"))
-    given = {
-        "select_block_size": select_block_size,
-        "select_block_count": ids.shape[2],
-        "topk_indices.shape[-1]": ids.shape[2],
-        "page_block_size": key.shape[1],
-        "N1": query.shape[1],
-        "query heads": query.shape[1],
-        "N2": key.shape[2],
-        "key heads": key.shape[2],
-        "value heads": value.shape[2],
-        "key head size": key.shape[3],
-        "Dk": query.shape[2],
-        "Dv": value.shape[3],
-        **({"B": call["block_table"].shape[0]} if "block_table" in call else {}),
-        **dict(numbers),
-    }
-    check(OP, {"B": given["B"], "key_value_head_num": given["N2"]}, mode)  # first, because they divide
-    if "lengths" in call and "rows" not in call:
-        if query.shape[0] % given["B"]:
-            raise ArgumentValueError("query.shape[0]", f"a multiple of B = {given['B']}", query.shape[0])
-        given["S"] = query.shape[0] // given["B"]
-    given["head_num"], given["G"] = given["N1"], given["N1"] // given["N2"]
-    check(OP, given, mode)
-    _check_sizes(call, given)
+    paged_contract.check_kinds(OP, call, mode)
+    count = call["topk_indices"].shape[2]
+    sizes = {"select_block_size": select_block_size, "select_block_count": count, "topk_indices.shape[-1]": count}
+    given = paged_contract.quantities(call, {**sizes, **dict(numbers)})
+    check(OP, {**given, "key_value_head_num": given["N2"]}, mode)
+    paged_contract.check_sizes(call, given)
+    check_size("topk_indices", call["topk_indices"], 0, call["query"].shape[0], "a row for each query token")
+    check_size("topk_indices", call["topk_indices"], 1, given["N2"], "a list for each kv head")
+    if count < 1:
+        raise ArgumentValueError("select_block_count", "at least 1", count)
 
 
 _check_call_once = functools.lru_cache(maxsize=128)(_check_call)
-
-
-def _check_kinds(call: Mapping[str, Meta], mode: str) -> None:
-    """Dtypes, devices and ranks."""
-    query = call["query"]
-    for name in ("key", "value"):
-        arguments.check_same_dtype(name, call[name], "query", query)
-    check(OP, {"dtype": query.dtype}, mode)
-    for name, meta in call.items():
-        if name not in ("query", "key", "value") and meta.dtype != torch.int32:
-            raise ArgumentTypeError(f"{name}.dtype", "torch.int32", meta.dtype, "Call .int()")
-        arguments.check_same_device(name, meta, "query", query)
-        arguments.check_rank(name, meta, SHAPES[name])
-
-
-def _check_sizes(call: Mapping[str, Meta], given: Mapping[str, int]) -> None:
-    """Sizes that have to agree, and those that may not be 0."""
-    batch, page, tokens = given["B"], given["page_block_size"], call["query"].shape[0]
-    for name in ("key", "value"):
-        _check_size(name, call[name], 1, page, "page_block_size")
-    _check_size("value", call["value"], 0, call["key"].shape[0], "the pages of key")
-    _check_size("topk_indices", call["topk_indices"], 0, tokens, "a row for each query token")
-    _check_size("topk_indices", call["topk_indices"], 1, given["N2"], "a list for each kv head")
-    for name in ("block_table", "lengths", "rows"):
-        if name in call:
-            _check_size(name, call[name], 0, batch, "one for each batch (B)")
-    if "rows" in call:
-        _check_size("rows", call["rows"], 1, 2, "the first row and the query tokens of a batch")
-    least = {"key.shape[0]": call["key"].shape[0], "select_block_count": given["select_block_count"]}
-    if "block_table" in call:
-        least["block_table.shape[1]"] = call["block_table"].shape[1]
-    for argument, size in least.items():
-        if size < 1:
-            raise ArgumentValueError(argument, "at least 1", size)
-
-
-def _check_size(name: str, meta: Meta, dimension: int, size: int, why: str) -> None:
-    if meta.shape[dimension] != size:
-        raise ArgumentValueError(f"{name}.shape[{dimension}]", f"{size}, {why}", meta.shape[dimension])
 
 
 def refuse_bad_indices(

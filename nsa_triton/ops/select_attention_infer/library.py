@@ -7,6 +7,7 @@ made by torch.compile do not come through the checks of api.py. It has no gradie
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,80 +22,59 @@ from nsa_triton.settings import settings
 OutputAndLse = tuple[Tensor, Tensor]
 
 
-def _select_attention_infer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    topk_indices: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    scale: float,
-    select_block_size: int,
-    impl: str,
-) -> OutputAndLse:
-    check_call(_named(query, key, value, topk_indices, block_table, lengths, rows), select_block_size)
-    if query.shape[0] == 0:
-        return _outputs(query, value)
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    query: Tensor  # [T, N1, Dk]
+    key: Tensor  # [pages, page, N2, Dk]
+    value: Tensor  # [pages, page, N2, Dv]
+    topk_indices: Tensor  # [T, N2, K]
+    block_table: Tensor  # [B, max_blocks]
+    lengths: Tensor  # [B] tokens
+    rows: Tensor | None  # [B, 2] first row and query tokens; None: T / B tokens each
+    scale: float
+    select_block_size: int
+    impl: str
+
+
+def _select_attention_infer(*arguments: Any) -> OutputAndLse:
+    call = Call(*arguments)
+    _check(call, "structural")
+    if call.query.shape[0] == 0:
+        return _outputs(call)
     if settings().check_indices:
-        refuse_bad_indices(key, topk_indices, block_table, lengths, rows, select_block_size)
+        refuse_bad_indices(call.key, *call[3:7], call.select_block_size)
     # Kernels want dense indices and rows of consecutive elements. These tensors are small; a cache is never copied.
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    indices = (topk_indices.contiguous(), block_table.contiguous(), lengths.contiguous())
-    arguments = (query, key, value, *indices, None if rows is None else rows.contiguous(), scale, select_block_size)
+    query = call.query if call.query.stride(-1) == 1 else call.query.contiguous()
+    indices = [None if given is None else given.contiguous() for given in call[3:7]]
+    dense: tuple[Any, ...] = (query, call.key, call.value, *indices, call.scale, call.select_block_size)
 
     def specification() -> OutputAndLse:
-        output, lse = reference.forward(*arguments)
+        output, lse = reference.forward(*dense)
         return output, lse.float()
 
     return run(
-        impl,
+        call.impl,
         query.dtype,
-        kernels=lambda: launcher("select_attention_infer").forward(*arguments),
+        kernels=lambda: launcher("select_attention_infer").forward(*dense),
         reference=specification,
     )
 
 
-def _select_attention_infer_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    topk_indices: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    scale: float,
-    select_block_size: int,
-    impl: str,
-) -> OutputAndLse:
-    tensors = _named(query, key, value, topk_indices, block_table, lengths, rows)
-    check_call(tensors, select_block_size, mode=mode_in_force())
-    return _outputs(query, value)
+def _select_attention_infer_fake(*arguments: Any) -> OutputAndLse:
+    call = Call(*arguments)
+    _check(call, mode_in_force())
+    return _outputs(call)
 
 
-def _named(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    topk_indices: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-) -> dict[str, Tensor | None]:
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "topk_indices": topk_indices,
-        "block_table": block_table,
-        "lengths": lengths,
-        "rows": rows,
-    }
+def _check(call: Call, mode: str) -> None:
+    check_call(dict(zip(Call._fields[:7], call[:7], strict=True)), call.select_block_size, mode=mode)
 
 
-def _outputs(query: Tensor, value: Tensor) -> OutputAndLse:
-    tokens, heads, _ = query.shape
-    return query.new_empty((tokens, heads, value.shape[3])), query.new_empty((tokens, heads), dtype=torch.float32)
+def _outputs(call: Call) -> OutputAndLse:
+    query = call.query
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    return query.new_empty((*query.shape[:2], call.value.shape[3])), lse
 
 
 select_attention_infer: Callable[..., OutputAndLse] = register(
