@@ -62,9 +62,12 @@ class Shape:
 
 
 def loop_variables(transfer: Transfer) -> list[str]:
-    """The variables of the loops around a transfer, as the kernel's source names them."""
+    """The variables of the loops around a transfer, as the kernel's source names them.
+
+    Where the compiler overlaps cube and vector work, it makes two loops of one, both on the same line of the source.
+    """
     found = []
-    for place in transfer.loops:
+    for place in dict.fromkeys(transfer.loops):
         file, _, line = place.rpartition(":")
         match = re.search(r"for (\w+) in", linecache.getline(str(OPS / file), int(line)))
         if match is None:

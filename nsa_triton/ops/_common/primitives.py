@@ -35,9 +35,11 @@ def rows_of(
         return tl.load(p_row + o_r[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
 
 
-# Scores are masked with a finite bias far below every real one, and a running maximum starts between the two: a row
-# that saw nothing but masked scores then has weights exp(-5e29 + 1e20) = 0, without a special case and without NaN.
-MASKED: tl.constexpr = tl.constexpr(1e30)
+# Masked scores are finite and far below every real one, and a running maximum starts between the two: a row that saw
+# nothing but masked scores then has weights exp(-1e30 + 1e20) = 0, without a special case and without NaN. They are
+# selected, not added: where keys were loaded under a mask, the Ascend compiler shortens the product too, and the
+# columns behind it hold what the accumulator held before, be it NaN.
+MASKED: tl.constexpr = tl.constexpr(-1e30)
 NO_SCORE: tl.constexpr = tl.constexpr(-1e20)
 
 

@@ -11,7 +11,7 @@ NN = L / D strides per selection block and per compression window; shift is 0 fo
 The first kernel reads keys and values once. It cuts a sequence into splits, so that few sequences keep all cores busy,
 and leaves for the second what scores need, M times smaller than the scores s: tile by tile and head by head, the sums
 of exp(s - m) over the blocks, where m is the maximum of the head in that tile. Sums relative to a maximum of the tile
-alone depend on nothing but the tile: equal pages give equal sums, and ties stay ties. The second kernel joins the
+alone depend on nothing but the tile: equal full pages give equal sums, and ties stay ties. The second kernel joins the
 splits, puts all tiles on one scale, adds the heads of the group and picks the best blocks.
 
 Tile i holds the tokens i CUT .. (i + 1) CUT - 1 and the columns c = 0, 1, ... of the blocks first[i] + c. A block whose
@@ -110,6 +110,8 @@ def compress_attention_split(
     o_w = tl.arange(0, W)
     # [BQ * BH] the query token of each row
     b_t = tl.reshape(o_q.to(tl.float32)[:, None] + tl.zeros([BQ, BH], tl.float32), [BQ * BH])
+    # [BQ * BH, BN]
+    b_column = tl.zeros([BQ * BH, BN], tl.float32) + o_n.to(tl.float32)[None, :]
     n_tiles_h = (G + BH - 1) // BH
     # [BN, BC]
     p_w = weights + o_n[:, None] * BC + o_c[None, :]
@@ -160,10 +162,10 @@ def compress_attention_split(
                 b_k = tl.load(p_k + o_n[:, None] * k_i + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
                 # [BQ * BH, BN]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-                b_s += tl.minimum((n_i - 0.5 - o_n.to(tl.float32)) * MASKED, 0.0)[None, :]
+                b_s = tl.where(b_column < n_i * 1.0, b_s, MASKED)
                 if HIDES:
                     # [BQ * BH, 1] query tokens before the last raw token, [1, BN] the last compressed token
-                    b_early = tl.where((i_newest - 1 - i_t).to(tl.float32) - b_t > n_tail * 1.0, -MASKED, 0.0)[:, None]
+                    b_early = tl.where((i_newest - 1 - i_t).to(tl.float32) - b_t > n_tail * 1.0, MASKED, 0.0)[:, None]
                     b_last = tl.where(o_n.to(tl.float32) == n_cmp - 1.0 - i_i, 1.0, 0.0)[None, :]
                     b_s += b_early * b_last
                 b_max = tl.maximum(tl.max(b_s, axis=1), NO_SCORE, propagate_nan=tl.PropagateNan.ALL)

@@ -142,13 +142,12 @@ def plan_split(
     out: Tensor,
 ) -> Launch:
     geometry = plan.geometry
-    heads = plan.head_rows
+    heads, queries = plan.head_rows, plan.target.tile(plan.queries)
     if plan.target.is_ascend_code:
         # A tile of one row is not a matrix to the compiler; a second, masked one costs nothing.
-        heads = max(heads, 2 if plan.queries == 1 else 1)
+        heads = max(heads, 2 if queries == 1 else 1)
     else:
-        heads = max(plan.target.tile(heads), 16 // plan.queries)
-    queries = plan.target.tile(plan.queries)
+        heads = max(plan.target.tile(heads), 16 // queries)
     tokens = plan.dot_tile(geometry.cut)
     arguments = {
         "q": query, "k": key, "v": value, "table": block_table, "lengths": lengths,

@@ -71,6 +71,8 @@ def select_attention_split(
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     o_w = tl.arange(0, W)
+    # [BH, BN]
+    b_column = tl.zeros([BH, BN], tl.float32) + o_n.to(tl.float32)[None, :]
     n_tiles = (G + BH - 1) // BH
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_split = i_item % SPLITS
@@ -102,16 +104,17 @@ def select_attention_split(
                 i_i = tl.maximum(i_0, i_cut)
                 n_i = tl.minimum(i_0 + n_0, i_cut + CUT) - i_i
                 i_page = page_at(p_table, i_cut // P, n_table, n_pages)
-                m_n = (o_n < n_i)[:, None]
-                # [BN, BK]
+                # [BN, BK]; one row at least, because a product of no columns is none
+                m_k = (o_n < tl.maximum(n_i, 1))[:, None] & (o_k < DK)[None, :]
                 p_k = k + i_page * k_p + i_i % P * k_i + i_n * k_n
-                b_k = tl.load(p_k + o_n[:, None] * k_i + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
+                b_k = tl.load(p_k + o_n[:, None] * k_i + o_k[None, :], mask=m_k, other=0.0)
                 # [BH, BN]
-                b_bias = tl.minimum((n_i - 0.5 - o_n.to(tl.float32)) * MASKED, 0.0)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale + b_bias[None, :]
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+                b_s = tl.where(b_column < n_i * 1.0, b_s, MASKED)
                 # [BN, BV]
+                m_v = (o_n < n_i)[:, None] & (o_v < DV)[None, :]
                 p_v = v + i_page * v_p + i_i % P * v_i + i_n * v_n
-                b_v = tl.load(p_v + o_n[:, None] * v_i + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
+                b_v = tl.load(p_v + o_n[:, None] * v_i + o_v[None, :], mask=m_v, other=0.0)
                 b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
             i_out = (i_row * N2 + i_n) * G + i_h
             p_o = o + (i_out * SPLITS + i_split) * DV
