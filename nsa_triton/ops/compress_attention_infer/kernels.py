@@ -50,7 +50,7 @@ def column(b_tile, o_c, i_c):
 
 @triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all", "n_table", "n_pages", "n_tiles_all"])
 def compress_attention_split(
-    q,  # [T, N1, DK]
+    q,  # [T, N1, DK]; with several query tokens per tile [N2, T, G, DK], so that the rows of a tile lie evenly
     k,  # [n_pages, P, N2, DK]
     v,  # [n_pages, P, N2, DV]
     table,  # [B, n_table] int32, page ids
@@ -58,7 +58,7 @@ def compress_attention_split(
     rows,  # [B, 2] int32, first row of q and query tokens; dead if not RAGGED
     raw_lengths,  # [B] int32, raw tokens; dead if not HIDES
     weights,  # [PHASES, BN, BC] float32, how often a token counts for a block
-    o,  # [N2, T, G, SPLITS, DV] float32, not divided by the sum; with one split the output itself, [T, N1, DV]
+    o,  # [N2, T, G, SPLITS, DV] float32, not divided by the sum; if DIRECT the output itself, [T, N1, DV]
     state,  # [N2, T, G, SPLITS, W] float32, maximum and sum
     sums,  # [N2, T, G, n_tiles_all, BJ] float32, the sums of each tile's blocks
     edges,  # [N2, T, G, n_tiles_all + 1, W] float32: the spill of the tile before, and its maximum
@@ -87,6 +87,7 @@ def compress_attention_split(
     SHIFT: tl.constexpr,
     PHASES: tl.constexpr,  # ways in which a tile can lie to the blocks: 1 if M divides CUT
     SPLITS: tl.constexpr,
+    DIRECT: tl.constexpr,  # one split, and one query token per tile
     W: tl.constexpr,
     RAGGED: tl.constexpr,
     HIDES: tl.constexpr,  # whether early query tokens may not see the last compressed token
@@ -100,8 +101,6 @@ def compress_attention_split(
     BK: tl.constexpr,  # DK, or the power of two above it
     BV: tl.constexpr,  # DV, or the power of two above it
 ):
-    o_q = tl.arange(0, BQ)
-    o_h = tl.arange(0, BH)
     o_r = tl.arange(0, BQ * BH)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
@@ -109,7 +108,7 @@ def compress_attention_split(
     o_c = tl.arange(0, BC)
     o_w = tl.arange(0, W)
     # [BQ * BH] the query token of each row
-    b_t = tl.reshape(o_q.to(tl.float32)[:, None] + tl.zeros([BQ, BH], tl.float32), [BQ * BH])
+    b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
     # [BQ * BH, BN]
     b_column = tl.zeros([BQ * BH, BN], tl.float32) + o_n.to(tl.float32)[None, :]
     n_tiles_h = (G + BH - 1) // BH
@@ -130,16 +129,6 @@ def compress_attention_split(
         p_table = table + i_b.to(tl.int64) * n_table
         for i_t in range(i_begin, i_end, BQ):
             i_row = i_t.to(tl.int64)
-            p_q = q + i_row * q_t + (i_n * G + i_h) * q_h
-            # [BQ * BH, BK]
-            if BQ == 1:
-                m_q = (o_h < G - i_h)[:, None] & (o_k < DK)[None, :]
-                b_q = tl.load(p_q + o_h[:, None] * q_h + o_k[None, :], mask=m_q, other=0.0)
-            else:
-                m_q = ((o_q < i_end - i_t)[:, None] & (o_h < G - i_h)[None, :])[:, :, None] & (o_k < DK)[None, None, :]
-                p_q += o_q[:, None, None] * q_t + o_h[None, :, None] * q_h + o_k[None, None, :]
-                # The sum sends the tile through the vector core: the cube cannot fold dimensions of what it loads.
-                b_q = tl.reshape(tl.load(p_q, mask=m_q, other=0.0) + 0.0, [BQ * BH, BK])
             # The rows of the workspace are those of the tile: tokens times heads of one group.
             i_r = (i_n.to(tl.int64) * n_all + i_row) * G + i_h
             if BQ == 1 or BH == G:
@@ -148,6 +137,12 @@ def compress_attention_split(
             else:
                 o_ws = o_r // BH * G + o_r % BH
                 m_ws = (o_r // BH < i_end - i_t) & (o_r % BH < G - i_h)
+            # [BQ * BH, BK]
+            if BQ == 1:
+                p_q = q + i_row * q_t + (i_n * G + i_h) * q_h + o_r[:, None] * q_h
+            else:
+                p_q = q + i_r * DK + o_ws[:, None] * DK
+            b_q = tl.load(p_q + o_k[None, :], mask=m_ws[:, None] & (o_k < DK)[None, :], other=0.0)
             # [BQ * BH], [BQ * BH], [BQ * BH, BV]
             b_m = tl.full([BQ * BH], NO_SCORE, tl.float32)
             b_z = tl.zeros([BQ * BH], tl.float32)
@@ -203,21 +198,14 @@ def compress_attention_split(
                 p_edge = edges + (i_r * (n_tiles_all + 1) + i_tile + 1) * W
                 tl.store(p_edge + o_ws[:, None] * ((n_tiles_all + 1) * W) + o_w[None, :], b_edge, mask=m_ws[:, None])
             store_state(state + (i_r * SPLITS + i_split) * W, b_m, b_z, o_ws, o_w, m_ws, SPLITS * W)
-            if SPLITS > 1:
-                p_o = o + (i_r * SPLITS + i_split) * DV + o_ws[:, None] * (SPLITS * DV) + o_v[None, :]
-                tl.store(p_o, b_o, mask=m_ws[:, None] & (o_v < DV)[None, :])
-            else:
+            m_o = m_ws[:, None] & (o_v < DV)[None, :]
+            if DIRECT:
                 b_out = (b_o / tl.where(b_z > 0.0, b_z, 1.0)[:, None]).to(o.dtype.element_ty)
                 p_o = o + ((i_row * N2 + i_n) * G + i_h) * DV
-                if BQ == 1:
-                    m_o = m_ws[:, None] & (o_v < DV)[None, :]
-                    tl.store(p_o + o_r[:, None] * DV + o_v[None, :], b_out, mask=m_o)
-                else:
-                    m_o = ((o_q < i_end - i_t)[:, None] & (o_h < G - i_h)[None, :])[:, :, None] & (o_v < DV)[
-                        None, None, :
-                    ]
-                    p_o += o_q[:, None, None] * (N2 * G * DV) + o_h[None, :, None] * DV + o_v[None, None, :]
-                    tl.store(p_o, tl.reshape(b_out, [BQ, BH, BV]), mask=m_o)
+                tl.store(p_o + o_r[:, None] * DV + o_v[None, :], b_out, mask=m_o)
+            else:
+                p_o = o + (i_r * SPLITS + i_split) * DV
+                tl.store(p_o + o_ws[:, None] * (SPLITS * DV) + o_v[None, :], b_o, mask=m_o)
 
 
 @triton.jit
@@ -287,6 +275,7 @@ def compress_attention_choose(
     D: tl.constexpr,
     BLOCK: tl.constexpr,  # L', raw tokens per selection block
     SPLITS: tl.constexpr,
+    DIRECT: tl.constexpr,
     W: tl.constexpr,
     RAGGED: tl.constexpr,
     BS: tl.constexpr,  # SPLITS, or the power of two above it
@@ -316,7 +305,7 @@ def compress_attention_choose(
         for i_t in range(i_begin, i_end):
             i_row = i_t.to(tl.int64)
             i_r = (i_n.to(tl.int64) * n_all + i_row) * G
-            for i_g in range(0, G if SPLITS > 1 else 0):
+            for i_g in range(0, 0 if DIRECT else G):
                 p_state = state + (i_r + i_g) * (SPLITS * W)
                 b_m, b_z = join_states(p_state, o_s, o_w, SPLITS, W)
                 p_o = o + (i_r + i_g) * (SPLITS * DV)

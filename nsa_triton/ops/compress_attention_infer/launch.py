@@ -1,4 +1,7 @@
-"""Plans and runs the two launches of nsa_compress_attention_infer: attention with block sums, then the best blocks."""
+"""Plans and runs the two launches of nsa_compress_attention_infer: attention with block sums, then the best blocks.
+
+Where a batch has several query tokens, their queries are copied first, into the order of the kernel's rows.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +112,7 @@ class Plan(PagedPlan):
         self.tiles = -(-self.pages_per_batch * self.page // self.geometry.cut)
         self.items = self.batch * self.kv_heads * -(-self.group // self.head_rows)
         self.splits = target.splits(self.items, most=self._most_splits())
+        self.direct = self.splits == 1 and self.queries == 1
         self.workspace = self._workspace()
 
     def _most_splits(self) -> int:
@@ -121,7 +125,7 @@ class Plan(PagedPlan):
         """What the first launch leaves for the second: M times less than a float32 score per head and token."""
         rows = (self.kv_heads, self.tokens, self.group)
         shapes = {
-            "o": (*rows, self.splits if self.splits > 1 else 0, self.value_dim),
+            "o": (*rows, 0 if self.direct else self.splits, self.value_dim),
             "state": (*rows, self.splits, STATE),
             "sums": (*rows, self.tiles, self.columns),
             "edges": (*rows, self.tiles + 1, STATE),
@@ -149,11 +153,13 @@ def plan_split(
     else:
         heads = max(plan.target.tile(heads), 16 // queries)
     tokens = plan.dot_tile(geometry.cut)
+    if plan.queries > 1:  # by kv head, so that the rows of a tile lie evenly
+        query = query.reshape(plan.tokens, plan.kv_heads, plan.group, plan.key_dim).transpose(0, 1).contiguous()
     arguments = {
         "q": query, "k": key, "v": value, "table": block_table, "lengths": lengths,
         "rows": lengths if rows is None else rows, "raw_lengths": lengths if raw_lengths is None else raw_lengths,
         "weights": fold_weights(geometry, tokens, plan.touched, plan.device),
-        **plan.workspace, **({"o": out} if plan.splits == 1 else {}), "scale": scale,
+        **plan.workspace, **({"o": out} if plan.direct else {}), "scale": scale,
         "n_items": plan.items * plan.splits, "n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens,
         "n_table": plan.pages_per_batch, "n_pages": plan.pages, "n_tiles_all": plan.tiles, "N2": plan.kv_heads,
         **plan.strides,
@@ -161,7 +167,7 @@ def plan_split(
     constexprs = {
         "G": plan.group, "P": plan.page, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
         "M": geometry.strides, "SHIFT": geometry.shift, "PHASES": geometry.phases, "SPLITS": plan.splits,
-        "W": STATE, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
+        "DIRECT": plan.direct, "W": STATE, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
         "BQ": queries, "BH": heads, "BN": tokens, "BC": plan.touched, "BJ": plan.columns,
         **plan.head_tiles,
     }  # fmt: skip
@@ -187,7 +193,7 @@ def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, i
     count = ids.shape[2]
     constexprs = {
         "G": plan.group, "K": count, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
-        "BLOCK": geometry.select, "SPLITS": plan.splits, "W": STATE, "RAGGED": rows is not None,
+        "BLOCK": geometry.select, "SPLITS": plan.splits, "DIRECT": plan.direct, "W": STATE, "RAGGED": rows is not None,
         "BS": target.tile(plan.splits), "BP": target.tile(min(plan.splits, JOINED)), "BJ": plan.columns,
         "BT": tiles, "CHUNKED": chunks > 1, "BC": target.tile(count),
         "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
