@@ -30,15 +30,21 @@ def check_impl(impl: Any) -> None:
         raise ArgumentValueError("impl", f"one of {', '.join(IMPLEMENTATIONS)}", repr(impl))
 
 
-def run(impl: str, dtype: torch.dtype, kernels: Callable[[], Any], reference: Callable[[], Result]) -> Result:
-    """Call `kernels` or `reference`, as `impl` asks."""
+def run(
+    impl: str,
+    dtype: torch.dtype,
+    kernels: Callable[[], Any],
+    reference: Callable[[], Result],
+    argument: str = "input",
+) -> Result:
+    """Call `kernels` or `reference`, as `impl` asks. `argument` is what has the dtype."""
     check_impl(impl)
     if impl == "reference":
         return reference()
     if dtype is torch.float64:
         if impl == "triton":
             expected = "float16, bfloat16 or float32"
-            raise ArgumentTypeError("input.dtype", expected, dtype, "Only impl='reference' computes in float64")
+            raise ArgumentTypeError(f"{argument}.dtype", expected, dtype, "Only impl='reference' computes in float64")
         _say_once("no kernel computes in float64")
         return reference()
     try:

@@ -58,6 +58,7 @@ def _compress_attention_infer(*arguments: Any) -> OutputAndIds:
         query.dtype,
         kernels=lambda: launcher("compress_attention_infer").forward(*dense),
         reference=lambda: reference.forward(*dense),
+        argument="query",
     )
 
 

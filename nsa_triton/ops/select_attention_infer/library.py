@@ -58,6 +58,7 @@ def _select_attention_infer(*arguments: Any) -> OutputAndLse:
         query.dtype,
         kernels=lambda: launcher("select_attention_infer").forward(*dense),
         reference=specification,
+        argument="query",
     )
 
 
