@@ -130,7 +130,7 @@ def test_dtypes():
 
 
 def test_triton_does_not_compute_in_float64():
-    with pytest.raises(ArgumentTypeError, match="query.dtype.*reference"):
+    with pytest.raises(ArgumentTypeError, match=r"query\.dtype.*reference"):
         works(dtype=torch.float64, impl="triton")
 
 
