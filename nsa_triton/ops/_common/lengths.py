@@ -82,12 +82,17 @@ def on_device(lengths: Any) -> bool:
     return isinstance(lengths, torch.Tensor) and lengths.device.type != "cpu"
 
 
+def read_once(lengths: Any, argument: str) -> Any:
+    """Lengths on the host as a tuple of ints, which is cheap to look at again; None and tensors on the device as is."""
+    return lengths if lengths is None or on_device(lengths) else host_ints(lengths, argument)
+
+
 def batch_lengths(lengths: Any, argument: str, batch: int, device: torch.device) -> torch.Tensor:
     """One length per batch as an int32 tensor [B] on `device`; a tensor that is there already is not read.
 
     Lengths on the host are checked here, and their tensor is cached by value: the layers of a model share one copy.
     """
-    if isinstance(lengths, torch.Tensor) and lengths.device.type != "cpu":
+    if on_device(lengths):
         return _lengths_on_device(lengths, argument, batch, device)
     if torch.compiler.is_compiling():  # checked by the registered operator as far as shapes go
         if isinstance(lengths, (list, tuple)):  # as_tensor would make a new graph for every list

@@ -34,7 +34,8 @@ def check_dense(argument: str, cache: Tensor) -> None:
     """Kernels load rows of consecutive elements, and a cache is too large to be copied for that."""
     if cache.stride(-1) != 1 and cache.shape[-1] > 1:
         hint = "The other dimensions may have any strides. Call .contiguous() where the cache is made"
-        raise ArgumentValueError(f"{argument}.stride(-1)", "1, a dense last dimension", cache.stride(-1), hint)
+        expected = "1: the features of a token side by side, which is how kernels load and store them"
+        raise ArgumentValueError(f"{argument}.stride(-1)", expected, cache.stride(-1), hint)
 
 
 def check_capacity(lengths: tuple[int, ...], argument: str, page: int, n_pages: int, columns: int | None) -> None:
@@ -51,11 +52,17 @@ def check_capacity(lengths: tuple[int, ...], argument: str, page: int, n_pages: 
         raise ArgumentValueError(argument, expected, f"{longest} at index {lengths.index(longest)}")
 
 
-def refuse_missing_pages(argument: str, lengths: Tensor, block_table: Tensor, page: int) -> None:
-    """Raise where a batch is longer than its row of the block table has pages. Reads tensors back to the host."""
+def refuse_missing_pages(
+    argument: str, lengths: Tensor, block_table: Tensor, page: int, read: Tensor | None = None
+) -> None:
+    """Raise where a batch is longer than its row of the block table has pages. Reads tensors back to the host.
+
+    `read` [B] says which batches matter; None: all.
+    """
     capacity = block_table.shape[1] * page
     hint = f"block_table has {block_table.shape[1]} pages of {page} tokens per batch"
-    refuse_outside(argument, lengths, 0, capacity + 1, torch.ones_like(lengths, dtype=torch.bool), hint)
+    read = torch.ones_like(lengths, dtype=torch.bool) if read is None else read
+    refuse_outside(argument, lengths, 0, capacity + 1, read, hint)
 
 
 def refuse_bad_pages(block_table: Tensor, n_pages: int, read: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_triton.limits import mode_in_force
 from nsa_triton.ops._common.indices import as_int32
-from nsa_triton.ops._common.lengths import batch_lengths
+from nsa_triton.ops._common.lengths import batch_lengths, read_once
 from nsa_triton.ops._common.pages import dealt_pages
 from nsa_triton.ops._common.queries import (
     batch_count,
@@ -145,6 +145,9 @@ def nsa_compress_attention_infer(
             importance=importance,
             impl=impl,
         )
+        actual_seq_qlen = read_once(actual_seq_qlen, "actual_seq_qlen")
+        actual_cmp_seq_kvlen = read_once(actual_cmp_seq_kvlen, "actual_cmp_seq_kvlen")
+        actual_sel_seq_kvlen = read_once(actual_sel_seq_kvlen, "actual_sel_seq_kvlen")
     queries = packed(query, layout, head_num)
     keys = with_heads(key, key_value_head_num, "key", "key_value_head_num")
     values = with_heads(value, key_value_head_num, "value", "key_value_head_num")

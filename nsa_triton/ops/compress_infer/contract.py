@@ -14,8 +14,8 @@ from nsa_triton.ops._common import arguments
 from nsa_triton.ops._common.arguments import Meta
 from nsa_triton.ops._common.implementation import check_impl
 from nsa_triton.ops._common.indices import check_index_meta, refuse_outside, refuse_repeated
-from nsa_triton.ops._common.lengths import batch_lengths, host_ints
-from nsa_triton.ops._common.pages import refuse_bad_pages
+from nsa_triton.ops._common.lengths import batch_lengths, host_ints, on_device
+from nsa_triton.ops._common.pages import check_dense, refuse_bad_pages, refuse_missing_pages
 
 OP = "nsa_compress_infer"
 LENGTHS = "actual_seq_len"
@@ -48,7 +48,7 @@ def check_call(
         arguments.check_int(name, number)
     check_impl(impl)
     total = 0
-    if isinstance(actual_seq_len, Tensor) and actual_seq_len.device.type != "cpu":
+    if on_device(actual_seq_len):
         lengths = batch_lengths(actual_seq_len, LENGTHS, (*actual_seq_len.shape, 1)[0], input.device)
     else:
         values = host_ints(actual_seq_len, LENGTHS)
@@ -83,9 +83,7 @@ def check_metas(
     function = _check_metas_once if set(map(type, sizes)) <= {int} else _check_metas
     function(metas, compress_block_size, compress_stride, page_block_size, new_tokens, mode)
     for name, tensor in (("input", input), ("cache", cache)):
-        if tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
-            expected = "1: the features of a token side by side, which is how kernels load and store them"
-            raise ArgumentValueError(f"{name}.stride(-1)", expected, tensor.stride(-1))
+        check_dense(name, tensor)
 
 
 def _check_metas(metas: Metas, block_size: int, stride: int, page: int, new_tokens: int, mode: str) -> None:
@@ -173,9 +171,7 @@ def check_indices(
         refuse_outside(LENGTHS, lengths, 0, room + 1, torch.ones_like(emits), "The batches are packed in input")
     else:
         page = input.shape[1]
-        capacity = block_table.shape[1] * page
-        hint = f"block_table has {block_table.shape[1]} pages of {page} tokens per batch"
-        refuse_outside(LENGTHS, lengths, 0, capacity + 1, emits | (lengths < 0), hint)
+        refuse_missing_pages(LENGTHS, lengths, block_table, page, emits | (lengths < 0))
         columns = torch.arange(block_table.shape[1], device=lengths.device)
         begin, end = first * stride, (first + count - 1) * stride + block_size
         inside = (columns >= (begin // page)[:, None]) & (columns <= ((end - 1) // page)[:, None])

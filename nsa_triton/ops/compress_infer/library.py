@@ -6,6 +6,7 @@ It checks values itself: a graph made by torch.compile does not come through the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,46 +18,38 @@ from nsa_triton.ops.compress_infer.contract import check_indices, check_metas
 from nsa_triton.settings import settings
 
 
-def _compress_infer(
-    input: Tensor,
-    weight: Tensor,
-    slot_mapping: Tensor,
-    block_table: Tensor | None,
-    lengths: Tensor,
-    cache: Tensor,
-    block_size: int,
-    stride: int,
-    page: int,
-    new_tokens: int,
-    impl: str,
-) -> None:
-    arguments = (input, weight, slot_mapping, block_table, lengths, cache, block_size, stride)
-    check_metas(*arguments, page, new_tokens)
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    input: Tensor  # [pages, page, N, D], or [T, N, D] without block_table
+    weight: Tensor  # [l, N]
+    slot_mapping: Tensor  # [B, W], or [B]
+    block_table: Tensor | None  # [B, max_blocks]
+    lengths: Tensor  # [B]
+    cache: Tensor  # [rows, N, D], changed in place
+    block_size: int
+    stride: int
+    page: int
+    new_tokens: int
+    impl: str
+
+
+def _compress_infer(*arguments: Any) -> None:
+    call = Call(*arguments)
+    check_metas(*call[:-1])
+    tensors, numbers = call[:6], (call.block_size, call.stride, call.new_tokens)
     if settings().check_indices:
-        check_indices(input, slot_mapping, block_table, lengths, cache, block_size, stride, new_tokens)
+        check_indices(call.input, *call[2:6], *numbers)
     run(
-        impl,
-        input.dtype,
-        kernels=lambda: launcher("compress_infer").forward(*arguments, new_tokens),
-        reference=lambda: reference.forward(*arguments, new_tokens),
+        call.impl,
+        call.input.dtype,
+        kernels=lambda: launcher("compress_infer").forward(*tensors, *numbers),
+        reference=lambda: reference.forward(*tensors, *numbers),
     )
 
 
-def _compress_infer_fake(
-    input: Tensor,
-    weight: Tensor,
-    slot_mapping: Tensor,
-    block_table: Tensor | None,
-    lengths: Tensor,
-    cache: Tensor,
-    block_size: int,
-    stride: int,
-    page: int,
-    new_tokens: int,
-    impl: str,
-) -> None:
-    tensors = (input, weight, slot_mapping, block_table, lengths, cache)
-    check_metas(*tensors, block_size, stride, page, new_tokens, mode=mode_in_force())
+def _compress_infer_fake(*arguments: Any) -> None:
+    check_metas(*Call(*arguments)[:-1], mode=mode_in_force())
 
 
 _TENSORS = "Tensor input, Tensor weight, Tensor slot_mapping, Tensor? block_table, Tensor actual_seq_len"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_triton.limits import mode_in_force
 from nsa_triton.ops._common.indices import as_int32
-from nsa_triton.ops._common.lengths import batch_lengths
+from nsa_triton.ops._common.lengths import batch_lengths, read_once
 from nsa_triton.ops._common.pages import dealt_pages
 from nsa_triton.ops._common.queries import batch_count, most_query_tokens, packed, query_rows, unpacked, with_heads
 from nsa_triton.ops.select_attention_infer import contract, library
@@ -124,6 +124,8 @@ def nsa_select_attention_infer(
             return_lse=return_lse,
             impl=impl,
         )
+        actual_seq_kvlen = read_once(actual_seq_kvlen, "actual_seq_kvlen")
+        actual_seq_qlen = read_once(actual_seq_qlen, "actual_seq_qlen")
     queries = packed(query, layout, head_num)
     keys = with_heads(key, key_value_head_num, "key", "key_value_head_num")
     values = with_heads(value, key_value_head_num, "value", "key_value_head_num")
