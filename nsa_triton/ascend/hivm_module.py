@@ -27,6 +27,7 @@ LOOPS = frozenset({"scf.for", "scf.while", "scf.parallel", "scf.forall"})
 _OP = re.compile(r'\s*(?:(%[^="]*?) = )?"([\w.]+)"\(([^()]*)\)(.*)')
 _LOCATION = re.compile(r'"([^"]+)":(\d+):(\d+)')
 _MEMREF = re.compile(r"memref<((?:(?:\d+|\?)x)*)(\w+)([,>].*)")
+_NUMBER = re.compile(r"-?\d+")
 _GENERATED = ("-", "<stdin>")  # the file that bishengir-opt names for ops that it made itself
 
 
@@ -79,8 +80,17 @@ def _number(text: str) -> int | None:
 
 
 @dataclass(eq=False)
+class Block:
+    """One region of an op: all regions of these modules have one block."""
+
+    arguments: tuple[tuple[str, str], ...] = ()  # name and type
+    ops: list[Op] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Op:
-    """One op. `regions` holds the ops inside it, however deep; `parents` the ops that it lies in, outermost first."""
+    """One op. `regions` holds the ops inside it, however deep, and `blocks` those directly inside, region by region;
+    `parents` are the ops that it lies in, outermost first."""
 
     name: str
     results: tuple[str, ...]
@@ -88,6 +98,7 @@ class Op:
     tail: str  # attributes, types and location of an op without regions
     parents: tuple[Op, ...]
     regions: list[Op] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     closing: str = ""  # the same for an op with regions
 
     @property
@@ -106,6 +117,22 @@ class Op:
         inside, _, outside = signature.rpartition(") \u2192 ")
         outside = outside.rpartition(" loc(")[0] or outside
         return _split(inside), _split(outside.removeprefix("(").removesuffix(")"))
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, str]:
+        """Name and value of all attributes, as text; an attribute without a value has ""."""
+        found: dict[str, str] = {}
+        for group in (*_braced(self.tail), *_braced(self.closing.removeprefix("})"))):
+            for part in _split(group.replace("->", "\u2192")):
+                name, _, value = part.partition(" = ")
+                found[name.strip('"')] = value
+        return found
+
+    def numbers(self, attribute: str) -> tuple[int, ...]:
+        """The elements of an array attribute, however nested."""
+        text = self.attributes.get(attribute, "").removeprefix("array<")  # array<i64: 1, 2>, array<i64>, [[0, 1], [2]]
+        elements = text if text.startswith("[") else text.partition(":")[2]
+        return tuple(int(number) for number in _NUMBER.findall(elements))
 
     @property
     def location(self) -> tuple[str, int, int] | None:
@@ -140,6 +167,21 @@ def location_in(text: str) -> str:
     return source_text(source_place(_LOCATION.findall(text)))
 
 
+def _braced(text: str) -> Iterator[str]:
+    """The contents of the outermost braces before the colon that begins the types."""
+    depth, start = 0, 0
+    for i, letter in enumerate(text):
+        if letter == "{":
+            start = i + 1 if depth == 0 else start
+            depth += 1
+        elif letter == "}":
+            depth -= 1
+            if depth == 0:
+                yield text[start:i]
+        elif letter == ":" and depth == 0:
+            return
+
+
 def _split(text: str) -> tuple[str, ...]:
     """Split at the commas that are outside of all brackets."""
     parts, depth, start = [], 0, 0
@@ -162,6 +204,11 @@ class Function:
     name: str
     ops: tuple[Op, ...]
     definitions: dict[str, Op]
+    op: Op
+
+    @property
+    def body(self) -> Block:
+        return self.op.blocks[0]
 
     def definition(self, value: str) -> Op | None:
         return self.definitions.get(value.partition("#")[0])
@@ -216,8 +263,14 @@ def functions(text: str) -> list[Function]:
                 found.append(_function(closed, ops))
                 ops = []
             continue
+        if stripped.startswith("}, {") and stack:
+            stack[-1].blocks.append(Block())
+            continue
+        if stripped.startswith("^") and stack:
+            stack[-1].blocks[-1].arguments = tuple(_block_arguments(stripped))
+            continue
         match = _OP.match(line)
-        if match is None:  # a block header, or the "}, {" between two regions
+        if match is None:
             continue
         results, name, operands, tail = match.groups()
         op = Op(
@@ -229,13 +282,23 @@ def functions(text: str) -> list[Function]:
         )
         for parent in stack:
             parent.regions.append(op)
+        if stack:
+            stack[-1].blocks[-1].ops.append(op)
         ops.append(op)
         if line.endswith("({"):
+            op.blocks.append(Block())
             stack.append(op)
     return found
+
+
+def _block_arguments(header: str) -> Iterator[tuple[str, str]]:
+    """Name and type of the arguments in a block's header, `^bb0(%arg0: i32 loc(...), ...):`."""
+    for argument in _split(header.partition("(")[2].rpartition(")")[0]):
+        name, _, type_ = argument.partition(": ")
+        yield name, type_.partition(" loc(")[0]
 
 
 def _function(op: Op, ops: list[Op]) -> Function:
     name = re.search(r'sym_name = "([^"]+)"', op.tail)
     inside = tuple(o for o in ops if op in o.parents)
-    return Function(name.group(1) if name else "", inside, {result: o for o in inside for result in o.results})
+    return Function(name.group(1) if name else "", inside, {result: o for o in inside for result in o.results}, op)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from nsa_triton.ascend.lower import Specialization
 
 
+# The simulator's executor while kernels run there; see simulation.py.
+INSTEAD: ContextVar[Executor | None] = ContextVar("INSTEAD", default=None)
+
+
 @dataclass(frozen=True)
 class Launch:
     kernel: Any  # a triton JITFunction
@@ -26,7 +31,7 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of target that it was planned for
 
     def run(self, target: Target, device: torch.device) -> None:
-        executor = executor_for(target.kind, device)
+        executor = INSTEAD.get() or executor_for(target.kind, device)
         executor.launch(self.kernel, self.programs, self.arguments, self.constexprs, self.options)
 
     def specialization(self) -> Specialization:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,15 @@ class Target:
         return size if self.is_ascend_code else 1 << max(0, size - 1).bit_length()
 
 
+# The chip that takes the place of the CPU while kernels run in its simulator; see simulation.py.
+STAND_IN: ContextVar[Target | None] = ContextVar("STAND_IN", default=None)
+
+
 def target_of(device: torch.device) -> Target:
     """The target that runs kernels on tensors of `device`."""
     kind = KIND_OF_DEVICE.get(device.type)
+    if kind == "cpu" and (stand_in := STAND_IN.get()) is not None:
+        return stand_in
     if kind == "cpu":
         threads = torch.get_num_threads()  # follows torch.set_num_threads
         return Target("cpu", "cpu", threads, threads)

@@ -340,15 +340,17 @@ def compress_attention_choose(
                 # [BT * BJ]
                 b_x = tl.reshape(b_x, [BT * BJ])
                 b_id = tl.reshape(b_id, [BT * BJ])
+                # Another name for b_best would share its buffer, which is that of b_new too: see CONTRIBUTING.md.
+                b_old = tl.maximum(b_best, -1.0, tl.PropagateNan.ALL)
                 b_new = tl.full([BC], -1.0, tl.float32)
                 b_new_ids = tl.full([BC], -1.0, tl.float32)
                 for i_k in range(0, K):
                     s_x, s_id = first_largest(b_x, b_id)
                     if CHUNKED:
-                        s_old, s_old_id = first_largest(b_best, b_ids)
+                        s_old, s_old_id = first_largest(b_old, b_ids)
                         s_id = tl.where(s_old >= s_x, s_old_id, s_id)  # of equal scores the old one has the lower id
                         s_x = tl.where(s_old >= s_x, s_old, s_x)
-                        b_best = tl.where(b_ids == s_id, -1.0, b_best)
+                        b_old = tl.where(b_ids == s_id, -1.0, b_old)
                         b_new = tl.where(f_c == i_k * 1.0, s_x, b_new)
                     b_x = tl.where(b_id == s_id, -1.0, b_x)
                     b_new_ids = tl.where(f_c == i_k * 1.0, tl.where(s_x >= 0.0, s_id, -1.0), b_new_ids)

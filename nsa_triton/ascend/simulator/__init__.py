@@ -1,0 +1,1 @@
+"""An Ascend NPU without the NPU: execute, check and time the final on-chip program of a kernel."""
