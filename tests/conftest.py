@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from nsa_triton.ascend.toolchain import host_problem, triton_problem
+from nsa_triton.ascend.simulator.checks import Checker
+from nsa_triton.ascend.toolchain import compilers, host_problem, triton_problem
+from nsa_triton.runtime.executors.simulator import SimulatorExecutor
+from nsa_triton.runtime.simulation import simulating
 from nsa_triton.runtime.target import present_targets
 
+SIMULATORS = "ascend-sim"
 PROBLEMS = {
     "cpu": host_problem,
     "cuda": lambda: triton_problem("triton"),
@@ -20,14 +26,17 @@ PROBLEMS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--target",
-        choices=("cpu", "cuda", "npu", "all-present"),
+        choices=("cpu", "cuda", "npu", SIMULATORS, "all-present"),
         default="all-present",
-        help="where kernels run; default: every target of this machine whose toolchain is installed",
+        help=f"where kernels run; default: every target of this machine whose toolchain is installed. {SIMULATORS}: "
+        "the final on-chip programs, from every Ascend compiler that is found, watched for races; about 1 s per test",
     )
 
 
 def targets(config: pytest.Config) -> list[str]:
     chosen = config.getoption("--target")
+    if chosen == SIMULATORS:
+        return [f"{SIMULATORS}-{compiler.version}" for compiler in compilers()]
     if chosen != "all-present":
         return [chosen]  # asked for by name: it runs or fails
     return [kind for kind in present_targets() if PROBLEMS[kind]() is None]
@@ -39,9 +48,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """A device of each target in turn; the target's name is part of the test id."""
-    return torch.device(request.param)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device of each target in turn; the target's name is part of the test id. In the simulator, a test also fails
+    where the programs that it ran have races or use bytes that nobody wrote."""
+    if not request.param.startswith(SIMULATORS):
+        yield torch.device(request.param)
+        return
+    executor = simulator(request.param.removeprefix(f"{SIMULATORS}-"))
+    executor.checker = Checker()
+    with simulating(executor):
+        yield torch.device("cpu")
+    assert not executor.checker.faults, "\n".join(map(str, executor.checker.faults))
+
+
+@functools.cache
+def simulator(version: str) -> SimulatorExecutor:
+    """One for the whole run: every kernel is compiled once."""
+    return SimulatorExecutor("Ascend910B2", next(found for found in compilers() if found.version == version))
 
 
 @pytest.fixture

@@ -163,9 +163,13 @@ def _write_hivmc(path: Path, final: Path, real: Path | None) -> None:
     path.chmod(0o755)
 
 
-def generic_form(module: str, compiler: Compiler) -> str:
-    """`module` with affine ops lowered, in MLIR's generic syntax, the location of every op in the op's own line."""
-    passes = ["--lower-affine", "--canonicalize"]
+def generic_form(module: str, compiler: Compiler, *, optimized: bool = False) -> str:
+    """`module` with affine ops lowered, in MLIR's generic syntax, the location of every op in the op's own line.
+
+    `optimized`: with the scalar code that is left when the back end (LLVM) has removed what is computed twice or could
+    be computed outside of a loop.
+    """
+    passes = ["--lower-affine", "--canonicalize", *(["--cse", "--loop-invariant-code-motion"] if optimized else [])]
     syntax = ["--mlir-print-op-generic", "--mlir-print-debuginfo", "--mlir-print-local-scope"]
     run = run_tool([str(compiler.opt), "-", *passes, *syntax], input=module)
     if run.returncode != 0:

@@ -102,15 +102,17 @@ def final_module(
     *,
     compiler: Compiler | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
+    optimized: bool = False,
 ) -> str:
     """The program that runs on the chip: the last module with structured `hivm.hir` ops, affine ops lowered, in MLIR's
-    generic form with source locations. A CompileError where the kernel does not fit or is refused."""
+    generic form with source locations; with `optimized`, its scalar code as the back end leaves it. A CompileError
+    where the kernel does not fit or is refused."""
     job = Job(spec, chip, compiler, options)
     flags = job.flags()
     outcome = bishengir_compile(_lower(spec).text, job.chosen(), flags)
     if not outcome.module:
         raise CompileError(f"{spec.name}: {_overflow(outcome.log) or _first_error(outcome)}", outcome.log)
-    return generic_form(outcome.module, job.chosen())
+    return generic_form(outcome.module, job.chosen(), optimized=optimized)
 
 
 def _lower(spec: Specialization) -> Lowered:

@@ -138,6 +138,7 @@ class Checker:
     def _touch(self, core: Core, instruction: Instruction, p: int, view: View, *, writing: bool) -> None:
         if 0 in view.shape:
             return
+        view.check_bounds()
         shadow = self._shadow(view.memory)
         at = self._touched(shadow, view)
         thread, known, who = _first_thread(core) + p, self._known[core][p], self._log_of(core, instruction)

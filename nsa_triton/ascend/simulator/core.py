@@ -68,18 +68,20 @@ class Core:
         cell = _element(view, indices)
         if self.clock is not None:
             self.clock.scalar_access(instruction, cell)
+        self._guarded(instruction, cell.check_bounds)
         if self.checker is not None:
             self.checker.scalar_read(self, instruction, cell)
-        value = self._guarded(instruction, cell.read)[()]
+        value = cell.read()[()]
         return value if cell.dtype[0] in "fb" else int(value)
 
     def store(self, instruction: Instruction, value: Any, view: View, indices: Sequence[int]) -> None:
         cell = _element(view, indices)
         if self.clock is not None:
             self.clock.scalar_access(instruction, cell)
+        self._guarded(instruction, cell.check_bounds)
         if self.checker is not None:
             self.checker.scalar_write(self, instruction, cell)
-        self._guarded(instruction, lambda: cell.write(value))
+        cell.write(value)
 
     # ---- tiles ----
 

@@ -98,14 +98,21 @@ def _bound(name: str, value: Tensor | int | float, type_: str) -> Any:
     if isinstance(value, Tensor):
         if shaped is None:
             raise SimulationError(f"{name} is a tensor, but the program takes {type_}")
-        flat = value.untyped_storage()
-        data = torch.empty(0, dtype=torch.uint8).set_(flat).numpy()
-        offset = value.storage_offset() * value.element_size()
-        size = value.numel() * value.element_size()
-        return View(Memory(name, "tensor", data[offset : offset + size]), shaped.element, 0, [value.numel()])
+        return View(Memory(name, "tensor", _bytes(value)), shaped.element, 0, [value.numel()])
     if type_.startswith("bf"):
         return from_bf16(cast(np.float32(value), "bf16"))[()]
     return DTYPES[type_](value) if type_[0] == "f" else int(value)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor in place, from its first to its last element, with the gaps that its strides leave."""
+    if tensor.numel() == 0:
+        return np.zeros(0, np.uint8)
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.storage_offset() * tensor.element_size()
+    part: np.ndarray = storage[first : first + extent * tensor.element_size()]
+    return part
 
 
 def _team(

@@ -82,7 +82,7 @@ class View:
         kind = np.dtype(DTYPES[self.dtype])
         if 0 in self.shape:  # an idle half of a tail tile; its address may lie outside
             return np.zeros(self.shape, kind)
-        self._check_bounds()
+        self.check_bounds()
         strides = [stride * kind.itemsize for stride in self.strides]
         return np.ndarray(self.shape, kind, self.memory.data, self.offset >> 3, strides)
 
@@ -105,7 +105,7 @@ class View:
         """All bits of the bytes that the view touches, and its own elements among them."""
         if 0 in self.shape:
             return np.zeros(0, np.uint8), np.zeros(self.shape, bool)
-        self._check_bounds()
+        self.check_bounds()
         first, last = self.byte_range()
         bits = np.unpackbits(self.memory.data[first:last], bitorder="little").view(bool)
         return bits, np.ndarray(self.shape, bool, bits, self.offset & 7, self.strides)
@@ -114,7 +114,7 @@ class View:
         """The first byte and the one behind the last, gaps included."""
         return self.offset >> 3, self.offset + self.extent * BITS[self.dtype] + 7 >> 3
 
-    def _check_bounds(self) -> None:
+    def check_bounds(self) -> None:
         first, last = self.byte_range()
         if first < 0 or last > len(self.memory.data):
             raise OutOfBoundsError(self.memory.name, first, last, len(self.memory.data))

@@ -19,7 +19,8 @@ class LaunchReport:
     model      version of the timing model (chips.json)
     us         estimated time, from the launch to the end of the last block
     busy       share of the time that each pipe works, "AIV V": mean over the cores that ran
-    critical   the busiest of them, or HBM or L2 if the shared memory is busier
+    shared     share of the time that "HBM" and "L2" serve requests
+    critical   the busiest of them all
     roofline   the least time that bytes over HBM bandwidth and products over the cube's peak allow, as a share of `us`
     bytes      "HBM read": bytes, and so on
     lines      the source lines with the most busy cycles, as shares of all
@@ -32,6 +33,7 @@ class LaunchReport:
     blocks: int
     us: float
     busy: Mapping[str, float]
+    shared: Mapping[str, float]
     critical: str
     roofline: float
     bytes: Mapping[str, int]
@@ -70,6 +72,7 @@ def launch_report(timing: Timing, kernel: str, compiler: str, blocks: int) -> La
         blocks=blocks,
         us=seconds * 1e6,
         busy=busy,
+        shared=shared,
         critical=critical,
         roofline=least / cycles,
         bytes=bytes_,

@@ -74,10 +74,27 @@ def query_rows(rows, i_b, n_tokens, n_all, RAGGED: tl.constexpr):
         return i_b * n_tokens, (i_b + 1) * n_tokens, ((i_b + 1) * n_tokens).to(tl.int64)
 
 
+# A select with a mask of columns is done row by row on Ascend, and waits for the scalar unit each time; a product is not.
+# Where a factor is not finite, the row's softmax is NaN all over anyway.
+
+
+@triton.jit
+def is_column(o_c, i_c):
+    """1.0 at column i_c, else 0.0; the column numbers o_c are float32."""
+    return tl.where(o_c == i_c, 1.0, 0.0)
+
+
+@triton.jit
+def column(b_tile, o_c, i_c):
+    """Column i_c [R] of a tile [R, C]."""
+    return tl.sum(b_tile * is_column(o_c, i_c)[None, :], axis=1)
+
+
 @triton.jit
 def store_state(p_state, b_m, b_z, o_r, o_w, m_r, stride):
     """Maximum and sum [R] of a split, in rows of 32 bytes."""
-    b_state = tl.where((o_w.to(tl.float32) == 0.0)[None, :], b_m[:, None], b_z[:, None])
+    f_w = o_w.to(tl.float32)
+    b_state = b_m[:, None] * is_column(f_w, 0.0)[None, :] + b_z[:, None] * is_column(f_w, 1.0)[None, :]
     tl.store(p_state + o_r[:, None] * stride + o_w[None, :], b_state, mask=m_r[:, None])
 
 
@@ -85,9 +102,8 @@ def store_state(p_state, b_m, b_z, o_r, o_w, m_r, stride):
 def load_states(p_state, o_s, o_w, n_splits, W: tl.constexpr):
     """Maxima and sums, [BS, 1] each, of splits; NO_SCORE and 0 for those that are not there."""
     b_state = tl.load(p_state + o_s[:, None] * W + o_w[None, :], mask=(o_s < n_splits)[:, None], other=NO_SCORE)
-    is_m = (o_w.to(tl.float32) == 0.0)[None, :]
-    b_m = tl.max(tl.where(is_m, b_state, NO_SCORE), axis=1)
-    b_z = tl.max(tl.where(is_m, 0.0, b_state), axis=1)
+    b_m = column(b_state, o_w.to(tl.float32), 0.0)
+    b_z = tl.maximum(column(b_state, o_w.to(tl.float32), 1.0), 0.0, tl.PropagateNan.ALL)
     return b_m[:, None], b_z[:, None]
 
 

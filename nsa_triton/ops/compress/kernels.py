@@ -30,7 +30,7 @@ def unpack(i_item, N, D, BD: tl.constexpr):
 @triton.jit(do_not_specialize=["n_items"])
 def compress_fwd(
     x,  # [T, N, D]
-    w,  # [L, N]
+    w,  # [N, L], the other way round: Ascend loads a strided column with an element in every 32 bytes
     y,  # [R, N, D]
     tiles,  # [*, 3] first token, first window and number of windows of each tile
     n_items,
@@ -38,8 +38,6 @@ def compress_fwd(
     D,
     x_t,  # strides
     x_n,
-    w_l,
-    w_n,
     L: tl.constexpr,
     S: tl.constexpr,
     BL: tl.constexpr,  # L, or the power of two above it
@@ -58,7 +56,7 @@ def compress_fwd(
         n_windows = tl.load(p_tile + 2)
 
         # [BL, 1]
-        b_w = tl.load(w + i_n * w_n + o_l * w_l, mask=o_l < L, other=0.0).to(tl.float32)[:, None]
+        b_w = tl.load(w + i_n * L + o_l, mask=o_l < L, other=0.0).to(tl.float32)[:, None]
         p_x = x + i_t * x_t + i_n * x_n + i_d
         # [BR, BD]: every token of the tile once, though it serves up to L / S windows; dead code if not RESIDENT
         m_x = (o_r < (n_windows - 1) * S + L)[:, None] & (o_d < D - i_d)[None, :]
@@ -75,7 +73,7 @@ def compress_fwd(
 @triton.jit(do_not_specialize=["n_items"])
 def compress_bwd_dx(
     g,  # [R, N, D]
-    w,  # [L, N]
+    w,  # [N, L]
     dx,  # [T, N, D]
     tiles,  # [*, 5] first token, tokens, first window that starts in the tile, first row and windows of its segment
     n_items,
@@ -83,8 +81,6 @@ def compress_bwd_dx(
     D,
     g_r,  # strides
     g_n,
-    w_l,
-    w_n,
     L: tl.constexpr,
     S: tl.constexpr,
     BC: tl.constexpr,  # stride-chunks per tile
@@ -112,7 +108,7 @@ def compress_bwd_dx(
             b_g = tl.load(p_g + o_c[:, None] * g_r + o_d[None, :], mask=m_g, other=0.0).to(tl.float32)
             # [BS]
             m_w = (o_s < S) & (o_s < L - a * S)
-            b_w = tl.load(w + i_n * w_n + (a * S + o_s) * w_l, mask=m_w, other=0.0).to(tl.float32)
+            b_w = tl.load(w + i_n * L + a * S + o_s, mask=m_w, other=0.0).to(tl.float32)
             b_p = b_g[:, None, :] * b_w[None, :, None]
             if L % S != 0:  # the last window ends inside the chunk: what lies behind it gets nothing, not 0 * inf
                 inside = o_s.to(tl.float32) < (L - a * S) * 1.0  # ascendnpu-ir 1.0.0 compares i32 tiles one by one

@@ -148,7 +148,7 @@ def plan_forward(plan: Plan, x: Tensor, w: Tensor, y: Tensor) -> Launch:
     items = len(tiles) * plan.heads * blocks
     arguments = {
         "x": x, "w": w, "y": y, "tiles": tiles, "n_items": items, "N": plan.heads, "D": plan.head_dim,
-        "x_t": x.stride(0), "x_n": x.stride(1), "w_l": w.stride(0), "w_n": w.stride(1),
+        "x_t": x.stride(0), "x_n": x.stride(1),
     }  # fmt: skip
     return plan.launch(kernels.compress_fwd, items, arguments, {**tile, "BD": wide}, config)
 
@@ -162,7 +162,7 @@ def plan_input_grad(plan: Plan, g: Tensor, w: Tensor, dx: Tensor) -> Launch:
     items = len(tiles) * plan.heads * blocks
     arguments = {
         "g": g, "w": w, "dx": dx, "tiles": tiles, "n_items": items, "N": plan.heads, "D": plan.head_dim,
-        "g_r": g.stride(0), "g_n": g.stride(1), "w_l": w.stride(0), "w_n": w.stride(1),
+        "g_r": g.stride(0), "g_n": g.stride(1),
     }  # fmt: skip
     constexprs = {
         "L": length,
@@ -196,6 +196,11 @@ def plan_weight_grad(plan: Plan, g: Tensor, x: Tensor, dw: Tensor) -> tuple[Laun
     return stage_one, plan.launch(kernels.compress_bwd_dw_sum, items, arguments, dict(config.tiles), config)
 
 
+def head_major(weight: Tensor) -> Tensor:
+    """[L, N] as [N, L]: a copy of a few numbers, so that kernels load the weights of a head side by side."""
+    return weight.t().contiguous()
+
+
 def with_dense_columns(tensor: Tensor) -> Tensor:
     """The tensor, copied only if its last dimension is strided: kernels load rows of consecutive elements."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -209,7 +214,7 @@ def forward(
     x = with_dense_columns(input)
     target = target_of(x.device)
     y = x.new_empty((windows.rows, *x.shape[1:]))
-    plan_forward(Plan(target, windows, x), x, weight, y).run(target, x.device)
+    plan_forward(Plan(target, windows, x), x, head_major(weight), y).run(target, x.device)
     return y
 
 
@@ -227,7 +232,7 @@ def backward(
     plan = Plan(target, Windows(ends, compress_block_size, compress_stride), x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for launch in (plan_input_grad(plan, g, weight, dx), *plan_weight_grad(plan, g, x, dw)):
+    for launch in (plan_input_grad(plan, g, head_major(weight), dx), *plan_weight_grad(plan, g, x, dw)):
         launch.run(target, x.device)
     return dx, dw
 
@@ -238,7 +243,7 @@ def compile_plans(
     """Every launch of the op for one shape, on meta tensors: what `nsa-triton compile` gives to the Ascend compiler."""
     windows = Windows((tokens,), block, stride)
     x = torch.empty((tokens, heads, head_dim), dtype=dtype, device="meta")
-    w = torch.empty((block, heads), dtype=dtype, device="meta")
+    w = torch.empty((heads, block), dtype=dtype, device="meta")
     y = x.new_empty((windows.rows, heads, head_dim))
     plan = Plan(target, windows, x)
-    return [plan_forward(plan, x, w, y), plan_input_grad(plan, y, w, x), *plan_weight_grad(plan, y, x, w)]
+    return [plan_forward(plan, x, w, y), plan_input_grad(plan, y, w, x), *plan_weight_grad(plan, y, x, w.t())]

@@ -25,6 +25,8 @@ import triton.language as tl
 from nsa_triton.ops._common.primitives import (
     MASKED,
     NO_SCORE,
+    column,
+    is_column,
     join_outputs,
     join_states,
     page_at,
@@ -40,12 +42,6 @@ BEHIND: tl.constexpr = tl.constexpr(1e9)  # larger than every block number
 def first_block(i_token, M: tl.constexpr, SHIFT: tl.constexpr):
     """The first block that a token of a tile may belong to, when the tile begins at `i_token`; -1 for none."""
     return (i_token + SHIFT + M - 1) // M - 1
-
-
-@triton.jit
-def column(b_tile, o_c, i_c):
-    """Column i_c [R] of a tile [R, C], whose column numbers o_c are float32."""
-    return tl.sum(tl.where(o_c[None, :] == i_c, b_tile, 0.0), axis=1)
 
 
 @triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all", "n_table", "n_pages", "n_tiles_all"])
@@ -107,6 +103,8 @@ def compress_attention_split(
     o_v = tl.arange(0, BV)
     o_c = tl.arange(0, BC)
     o_w = tl.arange(0, W)
+    f_c = o_c.to(tl.float32)
+    f_w = o_w.to(tl.float32)
     # [BQ * BH] the query token of each row
     b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
     # [BQ * BH, BN]
@@ -186,14 +184,10 @@ def compress_attention_split(
                 tl.store(p_sums + o_ws[:, None] * (n_tiles_all * BJ) + o_c[None, :], b_sums, mask=m_sums)
                 # [BQ * BH, W]
                 i_spill = (first_block(i_i + CUT, M, SHIFT) - first_block(i_i, M, SHIFT)) * 1.0
-                b_edge = tl.where(
-                    (o_w.to(tl.float32) == 0.0)[None, :],
-                    column(b_sums, o_c.to(tl.float32), i_spill)[:, None],
-                    tl.where(
-                        (o_w.to(tl.float32) == 1.0)[None, :],
-                        column(b_sums, o_c.to(tl.float32), i_spill + 1.0)[:, None],
-                        b_max[:, None],
-                    ),
+                b_edge = (
+                    column(b_sums, f_c, i_spill)[:, None] * is_column(f_w, 0.0)[None, :]
+                    + column(b_sums, f_c, i_spill + 1.0)[:, None] * is_column(f_w, 1.0)[None, :]
+                    + b_max[:, None] * is_column(f_w, 2.0)[None, :]
                 )
                 p_edge = edges + (i_r * (n_tiles_all + 1) + i_tile + 1) * W
                 tl.store(p_edge + o_ws[:, None] * ((n_tiles_all + 1) * W) + o_w[None, :], b_edge, mask=m_ws[:, None])
@@ -240,9 +234,8 @@ def head_sums(p_sums, p_edge, b_head_m, o_t, o_j, o_w, i_tile, n_tiles, BJ: tl.c
     b_m_spill = column(b_spill, f_w, 2.0)
     b_0 = with_spill(column(b_own, f_j, 0.0), b_m, column(b_spill, f_w, 0.0), b_m_spill, b_head_m)
     b_1 = with_spill(column(b_own, f_j, 1.0), b_m, column(b_spill, f_w, 1.0), b_m_spill, b_head_m)
-    b_x = b_own * tl.exp(b_m - b_head_m)[:, None]
-    b_x = tl.where((f_j == 0.0)[None, :], b_0[:, None], b_x)
-    return tl.where((f_j == 1.0)[None, :], b_1[:, None], b_x)
+    b_x = b_own * tl.exp(b_m - b_head_m)[:, None] * tl.where(f_j < 2.0, 0.0, 1.0)[None, :]
+    return b_x + b_0[:, None] * is_column(f_j, 0.0)[None, :] + b_1[:, None] * is_column(f_j, 1.0)[None, :]
 
 
 @triton.jit

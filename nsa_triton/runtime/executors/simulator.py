@@ -71,6 +71,6 @@ class SimulatorExecutor:
         key = (spec.key(), repr(sorted(options.items())))
         found = self._programs.get(key)
         if found is None:
-            text = final_module(spec, self.chip.name, compiler=self.compiler, options=options)
+            text = final_module(spec, self.chip.name, compiler=self.compiler, options=options, optimized=True)
             found = self._programs[key] = translate(text)
         return found
