@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
+from nsa_triton.cli.judging import SHORT, dtype_name, judged
 from nsa_triton.cli.view import console, print_json, seconds, steps
 from nsa_triton.errors import ToolchainError
-from nsa_triton.ops._common.accuracy import judge
 from nsa_triton.ops._common.cases import CheckCase
 from nsa_triton.ops.catalog import families
 from nsa_triton.runtime.target import present_targets, target_of
@@ -25,7 +25,6 @@ from nsa_triton.runtime.target import present_targets, target_of
 EXAMPLE = "nsa-triton check compress --target cpu"
 WARM_CALLS = 5
 ROOMY = 100  # columns; a narrower terminal shows the RMS error only
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     with steps(len(cases)) as progress:
         for case in cases:
-            progress.next(f"{case.op} {_name(case.dtype)} {case.shape}")
+            progress.next(f"{case.op} {dtype_name(case.dtype)} {case.shape}")
             rows += _judged(case, device)
             progress.done()
     failed = sum(not row.ok for row in rows)
@@ -75,22 +74,14 @@ def _device(wanted: str) -> torch.device:
     return torch.device(kind)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _judged(case: CheckCase, device: torch.device) -> list[Row]:
     outputs, first = _timed(case.run, device)
     warm = statistics.median(_timed(case.run, device)[1] for _ in range(WARM_CALLS))
-    expected, eager = case.reference(lambda tensor: tensor.double()), case.reference(lambda tensor: tensor)
-    rows = []
-    for name, terms, ours, theirs, truth in zip(case.outputs, case.terms, outputs, eager, expected, strict=True):
-        accuracy = judge(ours, theirs, truth, terms=terms)
-        rows.append(
-            Row(case.op, name, case.shape, _name(case.dtype), **asdict(accuracy), ok=accuracy.ok, first_call_s=first,
-                warm_call_s=warm)
-        )  # fmt: skip
-    return rows
+    return [
+        Row(case.op, name, case.shape, dtype_name(case.dtype), **asdict(accuracy), ok=accuracy.ok, first_call_s=first,
+            warm_call_s=warm)
+        for name, accuracy in judged(case, outputs)
+    ]  # fmt: skip
 
 
 def _timed(

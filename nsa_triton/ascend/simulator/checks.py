@@ -3,9 +3,9 @@
 Order: every pipe of every core of a block is a thread. `known[pipe][thread]` says how many instructions of `thread`
 surely are done when the next one of `pipe` starts; only flags and barriers raise it, so two instructions of one pipe
 are not ordered by themselves (that is what `pipe_barrier` is for), but for the scalar unit, which works in order and
-issues everything, and for the cube, which accumulates in order. Every 32 bytes of a memory remember their last writer
-and last readers; an access that those are not known to precede is a race. Blocks of a launch are never ordered: bytes
-of a tensor that two blocks use, one of them writing, are a race too.
+issues everything, and for the cube, which accumulates in order; other pipes learn of that only by flags, too. Every 32
+bytes of a memory remember their last writer and last readers; an access that those are not known to precede is a race.
+Blocks of a launch are never ordered: bytes of a tensor that two blocks use, one of them writing, are a race too.
 
 Values: every byte knows whether it was written. A result is defined if all that it was made of is, or if a select did
 not choose the rest; garbage in lanes that nobody looks at is no fault. It is one where it reaches a tensor of the
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 THREADS = 3 * len(PIPES)  # one cube core and two vector cores
 IN_ORDER = ("S", "M")
+SEVERAL = -2  # blocks
 SHARED = ("tensor", "workspace")  # memories that all cores of a launch use
 _MOST_FAULTS = 1000
 
@@ -121,21 +122,21 @@ class Checker:
         reads: Sequence[View],
         writes: Sequence[View],
         *,
-        changes: bool = True,
+        stored: View | None = None,
     ) -> None:
         """One instruction begins: check what it touches against what it knows to be done, and leave its traces.
-        An instruction that changes nothing, as another core stores the same, races with nobody."""
+        `stored` is what a store writes."""
         p, known = PIPES.index(pipe), self._known[core]
         np.maximum(known[p], known[0], out=known[p])  # the scalar unit issues everything, in order
-        if pipe in IN_ORDER:
-            known[p][_first_thread(core) + p] = self._count[core][p]
         self._count[core][p] += 1
         for view in reads:
             self._touch(core, instruction, p, view, writing=False)
-        for view in writes if changes else ():
-            self._touch(core, instruction, p, view, writing=True)
+        for view in writes:
+            self._touch(core, instruction, p, view, writing=True, stored=stored)
 
-    def _touch(self, core: Core, instruction: Instruction, p: int, view: View, *, writing: bool) -> None:
+    def _touch(
+        self, core: Core, instruction: Instruction, p: int, view: View, *, writing: bool, stored: View | None = None
+    ) -> None:
         if 0 in view.shape:
             return
         view.check_bounds()
@@ -144,12 +145,25 @@ class Checker:
         thread, known, who = _first_thread(core) + p, self._known[core][p], self._log_of(core, instruction)
         if view.memory.kind in SHARED:
             self._touch_shared(core, instruction, shadow, at, view, writing)
-        self._check_order(core, instruction, shadow, at, view, writing, thread, known)
-        if writing:
+        repeats = stored is not None and self._repeats(shadow, at, thread, who, stored, view)
+        self._check_order(core, instruction, shadow, at, view, writing, repeats, thread, known)
+        if writing and not repeats:
             shadow.writer[at], shadow.written[at], shadow.by[at] = thread, self._count[core][p], who
         else:
             counts, by = shadow.reads_of(thread)
             counts[at], by[at] = self._count[core][p], who
+
+    def _repeats(
+        self, shadow: Shadow, at: np.ndarray | slice, thread: int, who: int, stored: View, target: View
+    ) -> bool:
+        """Whether a store finds its own bytes there, from the same instruction of the other vector core: where rows are
+        too few to be split, the compilers let both compute and store the same. These two need no order, and for all
+        others a store that changes nothing is like a read."""
+        if target.memory.kind not in SHARED:
+            return False
+        writer = shadow.writer[at]
+        is_other = (shadow.by[at] == who) & (writer >= 0) & (writer != thread)
+        return bool(is_other.all()) and np.array_equal(stored.raw(), target.raw())
 
     def _check_order(
         self,
@@ -159,12 +173,15 @@ class Checker:
         at: np.ndarray | slice,
         view: View,
         writing: bool,
+        repeats: bool,
         thread: int,
         known: np.ndarray,
     ) -> None:
         writer = shadow.writer[at]
         late = (writer >= 0) & (shadow.written[at] > known[writer])
-        if late.any():
+        if PIPES[thread % len(PIPES)] in IN_ORDER:
+            late &= writer != thread
+        if late.any() and not repeats:
             other = shadow.by[at][late][0]
             self._race(core, instruction, view, writing, other, "wrote")
         if not writing:
@@ -178,18 +195,17 @@ class Checker:
         self, core: Core, instruction: Instruction, shadow: Shadow, at: np.ndarray | slice, view: View, writing: bool
     ) -> None:
         """Blocks run in any order: what one writes is not for another to use in the same launch."""
-        writers = shadow.writer_block[at]
+        writers, readers = shadow.writer_block[at], shadow.reader_block[at]
         if ((writers >= 0) & (writers != core.block)).any():
             did = "write" if writing else "reads what another writes of"
             self.fault("race", f"{instruction}: two blocks {did} the same bytes of {view.memory.name}", instruction)
         if writing:
-            readers = shadow.reader_block[at]
-            if ((readers >= 0) & (readers != core.block)).any():
+            if ((readers != -1) & (readers != core.block)).any():
                 message = f"{instruction}: writes bytes of {view.memory.name} that another block reads"
                 self.fault("race", message, instruction)
             shadow.writer_block[at] = core.block
         else:
-            shadow.reader_block[at] = core.block
+            shadow.reader_block[at] = np.where((readers == -1) | (readers == core.block), core.block, SEVERAL)
 
     def _race(self, core: Core, instruction: Instruction, view: View, writing: bool, other: int, did: str) -> None:
         role, before = self.log[other]
@@ -236,8 +252,8 @@ class Checker:
         if instruction.name == "mmadL1":  # its reads of L1 came before, by MTE1
             self._issue(core, instruction, "M", [v for v in reads if v.memory.kind == "L0C"], writes)
         else:
-            changes = instruction.name != "store" or not _is_there_already(*operands[:2])
-            self._issue(core, instruction, instruction.pipe, reads, writes, changes=changes)
+            stored = operands[0] if instruction.name == "store" else None
+            self._issue(core, instruction, instruction.pipe, reads, writes, stored=stored)
         self._follow(core, instruction, operands, reads, writes)
 
     def feed(self, core: Core, instruction: Instruction, reads: Sequence[View]) -> None:
@@ -276,12 +292,6 @@ class Checker:
                 f"{instruction} of {core.role}: a value made of bytes that nobody wrote reaches {target.memory.name}"
             )
             self.fault("undefined", message, instruction)
-
-
-def _is_there_already(source: View, target: View) -> bool:
-    """Whether a store into the workspace finds its own bytes there: where rows are too few to be split, the compilers
-    let both vector cores compute and store the same."""
-    return target.memory.kind == "workspace" and np.array_equal(source.raw(), target.raw())
 
 
 def _first_thread(core: Core) -> int:

@@ -57,12 +57,11 @@ def reinterpret_cast(base: View, offsets: Sequence[int], sizes: Sequence[int], s
     return View(base.memory, base.dtype, base.offset + offsets[0] * BITS[base.dtype], sizes, strides)
 
 
-def subview(base: View, offsets: Sequence[int], sizes: Sequence[int], strides: Sequence[int], rank: int) -> View:
+def subview(
+    base: View, offsets: Sequence[int], sizes: Sequence[int], strides: Sequence[int], kept: Sequence[int]
+) -> View:
     start = sum(offset * stride for offset, stride in zip(offsets, base.strides, strict=True))
-    kept = [(size, stride * step) for size, stride, step in zip(sizes, base.strides, strides, strict=True)]
-    while len(kept) > rank:  # dimensions of one element go, the last ones first
-        del kept[max(i for i, (size, _) in enumerate(kept) if size == 1)]
-    return base.at(start, [size for size, _ in kept], [stride for _, stride in kept])
+    return base.at(start, [sizes[axis] for axis in kept], [base.strides[axis] * strides[axis] for axis in kept])
 
 
 def view(base: View, dtype: str, shift: int, sizes: Sequence[int]) -> View:

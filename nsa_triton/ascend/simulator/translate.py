@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from types import CodeType
 from typing import Any
 
@@ -19,7 +20,7 @@ from nsa_triton.ascend.hivm_module import Block, Function, Memref, Op, functions
 from nsa_triton.ascend.simulator import scalars
 from nsa_triton.ascend.simulator.faults import UnknownInstructionError
 from nsa_triton.ascend.simulator.instruction import Instruction, decoded
-from nsa_triton.ascend.simulator.memory import DTYPES
+from nsa_triton.ascend.simulator.memory import DTYPES, row_major
 from nsa_triton.ascend.simulator.tiles import check_modelled
 
 DYNAMIC = -(1 << 63)
@@ -256,12 +257,9 @@ class _Writer:
             return ins[0]
         if short in ("reinterpret_cast", "subview"):
             rest = iter(ins[1:])
-            offsets, sizes, strides = (
-                _mixed(op.numbers(f"static_{key}"), rest) for key in ("offsets", "sizes", "strides")
-            )
-            return f"{short}({ins[0]}, {offsets}, {sizes}, {strides}" + (
-                ")" if short == "reinterpret_cast" else f", {len(result.shape)})"
-            )
+            parts = [_mixed(op.numbers(f"static_{key}"), rest) for key in ("offsets", "sizes", "strides")]
+            kept = [_tuple(_kept_axes(op, result))] if short == "subview" else []
+            return f"{short}({', '.join([ins[0], *parts, *kept])})"
         if short == "view":
             sizes = _mixed([DYNAMIC if size is None else size for size in result.shape], iter(ins[2:]))
             return f"view({ins[0]}, {result.element!r}, {ins[1]}, {sizes})"
@@ -350,6 +348,31 @@ def _shaped(text: str) -> Memref:
     if found is None:
         raise UnknownInstructionError(f"the simulator cannot read the type {text}")
     return found
+
+
+def _kept_axes(op: Op, result: Memref) -> tuple[int, ...]:
+    """The axes of a subview that its result has: those of one element may go, and the type says which."""
+    sizes, steps = op.numbers("static_sizes"), op.numbers("static_strides")
+    source = _shaped(op.types[0][0])
+    strides = source.strides or row_major([size or 0 for size in source.shape])
+
+    def fits(kept: tuple[int, ...], *, with_strides: bool) -> bool:
+        if any(sizes[axis] != 1 for axis in set(range(len(sizes))) - set(kept)):
+            return False
+        for axis, size, stride in zip(kept, result.shape, result.strides or [None] * len(kept), strict=True):
+            own = strides[axis]
+            if size is not None and sizes[axis] not in (size, DYNAMIC):
+                return False
+            if with_strides and own is not None and stride is not None and own * steps[axis] != stride:
+                return False
+        return True
+
+    choices = list(combinations(range(len(sizes)), len(result.shape)))
+    for with_strides in (True, False):
+        for kept in choices:
+            if fits(kept, with_strides=with_strides):
+                return kept
+    raise UnknownInstructionError(f"memref.subview at {op.source}: the simulator cannot tell which axes it keeps")
 
 
 def _tuple(items: Any) -> str:

@@ -30,7 +30,7 @@ def unpack(i_item, N, D, BD: tl.constexpr):
 @triton.jit(do_not_specialize=["n_items"])
 def compress_fwd(
     x,  # [T, N, D]
-    w,  # [N, L], the other way round: Ascend loads a strided column with an element in every 32 bytes
+    w,  # [N, L]
     y,  # [R, N, D]
     tiles,  # [*, 3] first token, first window and number of windows of each tile
     n_items,

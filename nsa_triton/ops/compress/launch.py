@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.weights import head_major
 from nsa_triton.ops.compress import kernels
 from nsa_triton.runtime.configs import Config, lookup
 from nsa_triton.runtime.launch import Launch
@@ -194,11 +195,6 @@ def plan_weight_grad(plan: Plan, g: Tensor, x: Tensor, dw: Tensor) -> tuple[Laun
     arguments = {"partial": partial, "dw": dw, "n_parts": len(partial), "size": dw.numel()}
     items = -(-dw.numel() // config.tiles["BE"])
     return stage_one, plan.launch(kernels.compress_bwd_dw_sum, items, arguments, dict(config.tiles), config)
-
-
-def head_major(weight: Tensor) -> Tensor:
-    """[L, N] as [N, L]: a copy of a few numbers, so that kernels load the weights of a head side by side."""
-    return weight.t().contiguous()
 
 
 def with_dense_columns(tensor: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def completed(n_tokens, L: tl.constexpr, S: tl.constexpr):
 @triton.jit(do_not_specialize=["n_items", "n_pages", "n_columns", "n_rows", "new_tokens", "W", "page"])
 def compress_infer(
     x,  # [n_pages, page, N, D], or packed tokens [n_pages, N, D]: a page is a token
-    w,  # [L, N]
+    w,  # [N, L]
     cache,  # [n_rows, N, D]
     lengths,  # [B] tokens of each batch
     table,  # [B, n_columns] page ids, or [B, 1] the first packed token of each batch
@@ -50,8 +50,6 @@ def compress_infer(
     x_p,  # strides
     x_t,
     x_n,
-    w_l,
-    w_n,
     cache_r,
     cache_n,
     L: tl.constexpr,
@@ -84,7 +82,7 @@ def compress_infer(
                 m_x = (o_c < n_c)[:, None] & (o_d < D - i_d)[None, :]
                 b_x = tl.load(p_x + o_c[:, None] * x_t + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
                 # [C, 1]
-                b_w = tl.load(w + i_n * w_n + (i_l + o_c) * w_l).to(tl.float32)[:, None]
+                b_w = tl.load(w + i_n * L + i_l + o_c).to(tl.float32)[:, None]
                 b_y += tl.sum(b_x * b_w, axis=0)
             i_slot = tl.load(slots + i_b.to(tl.int64) * W + i_k).to(tl.int64)
             # no column of a slot that is not in the cache

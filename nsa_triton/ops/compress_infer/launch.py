@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.weights import head_major
 from nsa_triton.ops.compress_infer import kernels
 from nsa_triton.runtime.configs import lookup
 from nsa_triton.runtime.launch import Launch
@@ -49,7 +50,8 @@ def plan_forward(
     stride: int,
     new_tokens: int,
 ) -> Launch:
-    """`x` is [pages, page, N, D] with page ids in `table`, or [T, N, D] with the first token of each batch in it."""
+    """`x` is [pages, page, N, D] with page ids in `table`, or [T, N, D] with the first token of each batch in it; `w` is
+    [N, L]."""
     paged = x.dim() == 4
     heads, size = x.shape[-2:]
     page = x.shape[1] if paged else stride
@@ -63,7 +65,7 @@ def plan_forward(
         "x": x, "w": w, "cache": cache, "lengths": lengths, "table": table, "slots": slots, "n_items": items,
         "n_pages": x.shape[0], "n_columns": table.shape[1], "n_rows": cache.shape[0], "new_tokens": new_tokens,
         "W": windows, "page": page, "N": heads, "D": size,
-        "x_p": x.stride(0), "x_t": x.stride(-3), "x_n": x.stride(-2), "w_l": w.stride(0), "w_n": w.stride(1),
+        "x_p": x.stride(0), "x_t": x.stride(-3), "x_n": x.stride(-2),
         "cache_r": cache.stride(0), "cache_n": cache.stride(1),
     }  # fmt: skip
     constexprs = {"L": length, "S": stride, "C": rows, "BD": wide, "PAGED": paged}
@@ -88,7 +90,8 @@ def forward(
     slots = loadable(slot_mapping).view(len(lengths), -1)
     table = first_tokens(lengths) if block_table is None else loadable(block_table)
     numbers = (compress_block_size, compress_stride, new_tokens)
-    plan_forward(target, input, weight, slots, table, lengths, cache, *numbers).run(target, input.device)
+    w = head_major(weight)
+    plan_forward(target, input, w, slots, table, lengths, cache, *numbers).run(target, input.device)
 
 
 def compile_plans(
@@ -110,5 +113,5 @@ def compile_plans(
     x = torch.empty((64, *(() if page is None else (page,)), heads, size), dtype=dtype, device="meta")
     indices = torch.empty((batch, -(-new_tokens // stride)), dtype=torch.int32, device="meta")
     table = first_tokens(indices[:, 0]) if page is None else indices.new_empty((batch, 64))
-    w, cache = x.new_empty((length, heads)), x.new_empty((64, heads, size))
+    w, cache = x.new_empty((heads, length)), x.new_empty((64, heads, size))
     return [plan_forward(target, x, w, indices, table, indices[:, 0], cache, length, stride, new_tokens)]
