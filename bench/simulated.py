@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--chip", default="Ascend910B2", help="default: %(default)s")
     options = parser.parse_args()
-    table = [COLUMNS]
+    table: list[tuple[str, ...]] = [COLUMNS]
     for found in rows(options.chip):
         print(" | ".join(found), file=sys.stderr, flush=True)
         table.append(found)

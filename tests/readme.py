@@ -1,4 +1,4 @@
-"""The generated parts of README.md. `python -m tests.readme` rewrites them; test_readme.py compares."""
+"""The generated parts of README.md and docs/. `python -m tests.readme` rewrites them; test_readme.py compares."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from nsa_triton.ascend.simulator.costs import parameters
 from nsa_triton.cli.ops import LIMIT_COLUMNS, OP_COLUMNS, limit_rows, markdown, op_rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "simulator.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- begin generated: (.+?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
@@ -26,9 +28,42 @@ def _table(name: str) -> str:
     return markdown(rows[0], rows[1:])
 
 
+def _parameters() -> str:
+    """The timing model of the simulator: value, unit, uncertainty and source of each parameter."""
+    model = parameters()
+    rows: list[tuple[str, ...]] = [
+        (
+            name.replace("_", " "),
+            str(entry["value"]),
+            entry["unit"],
+            f"{entry['uncertainty_percent']} %",
+            entry["source"],
+        )
+        for name, entry in model["parameters"].items()
+    ]
+    chips: list[tuple[str, ...]] = [
+        (name, *(str(chip[what]) for what in ("clock_mhz", "hbm_gb_per_s", "l2_mib")))
+        for name, chip in model["chips"].items()
+    ]
+    operations: list[tuple[str, ...]] = [
+        (name.replace("_", " "), *map(str, costs)) for name, costs in model["operations"].items()
+    ]
+    tables = (
+        markdown(("chip", "clock, MHz", "HBM, GB/s", "L2, MiB"), chips),
+        markdown(("parameter", "value", "unit", "uncertain by", "source"), rows),
+        markdown(("vector operation", "cycles per repeat of 256 bytes", "more cycles of latency"), operations),
+    )
+    return f"Model version {model['version']}.\n\n" + "\n".join(tables)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "nsa-triton ops --markdown": _operators,
     "python -m bench.cpu_target": functools.partial(_table, "cpu/cpu_target.csv"),
+    "nsa_triton/ascend/simulator/chips.json": _parameters,
+    "python -m bench.simulated": functools.partial(_table, "ascend/simulated.csv"),
+    "python -m bench.simulated, before": functools.partial(_table, "ascend/simulated_before.csv"),
+    "python -m bench.simulator_published": functools.partial(_table, "ascend/simulator_published.csv"),
+    "python -m bench.simulator_mutations": functools.partial(_table, "ascend/simulator_mutations.csv"),
     "python -m bench.decode_bytes": functools.partial(_table, "ascend/decode_bytes.csv"),
 }
 
@@ -38,4 +73,5 @@ def regenerated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(regenerated(README.read_text()))
+    for page in PAGES:
+        page.write_text(regenerated(page.read_text()))

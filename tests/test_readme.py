@@ -11,7 +11,7 @@ import pytest
 from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.cli import COMMANDS
 from nsa_triton.settings import VARIABLES
-from tests.readme import README, ROOT, regenerated
+from tests.readme import PAGES, README, regenerated
 
 TEXT = README.read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -20,8 +20,9 @@ PRINTED = ("torch.Size([125, 4, 192])", "torch.Size([2, 1, 16, 128]) torch.Size(
 EXAMPLES = list(zip(SNIPPETS, PRINTED, strict=True))
 
 
-def test_generated_parts_are_current():
-    assert regenerated(TEXT) == TEXT, "run: python -m tests.readme"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_generated_parts_are_current(page):
+    assert regenerated(page.read_text()) == page.read_text(), "run: python -m tests.readme"
 
 
 @pytest.mark.skipif(front_end_problem() is not None, reason=f"no Ascend front end: {front_end_problem()}")
@@ -41,5 +42,6 @@ def test_commands_exist():
 
 
 def test_linked_files_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / link).exists(), link
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)

@@ -1,10 +1,10 @@
 """Run or time ops in the simulator of an Ascend chip, on CPU tensors; no NPU is involved.
 
-    with simulating(SimulatorExecutor("Ascend910B2")):
-        y = nsa_triton.nsa_compress(x, w, 32, 16)      # computed by the final on-chip program
+with simulating(SimulatorExecutor("Ascend910B2")):
+    y = nsa_triton.nsa_compress(x, w, 32, 16)      # computed by the final on-chip program
 
-    reports = simulated_times(lambda: nsa_triton.nsa_compress(x, w, 32, 16), "Ascend910B2")
-    faults = faults_of(lambda: nsa_triton.nsa_compress(x, w, 32, 16), "Ascend910B2")
+reports = simulated_times(lambda: nsa_triton.nsa_compress(x, w, 32, 16), "Ascend910B2")
+faults = faults_of(lambda: nsa_triton.nsa_compress(x, w, 32, 16), "Ascend910B2")
 """
 
 from __future__ import annotations

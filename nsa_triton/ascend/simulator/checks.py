@@ -24,6 +24,7 @@ import numpy as np
 from nsa_triton.ascend.simulator.faults import Fault
 from nsa_triton.ascend.simulator.instruction import PIPES, Instruction
 from nsa_triton.ascend.simulator.memory import BITS, BLOCK, Memory, View, from_fractals, to_fractals
+from nsa_triton.ascend.simulator.tiles import in_blocks
 
 if TYPE_CHECKING:
     from nsa_triton.ascend.simulator.core import Core
@@ -373,7 +374,9 @@ def _reduced(instruction: Instruction, operands: Sequence[Any]) -> Any:
 def _as_fractals(_: Instruction, operands: Sequence[Any]) -> Any:
     source, target = operands[0], operands[1]
     matrix = from_fractals(defined(target)).copy()
-    matrix[: source.shape[0], : source.shape[1]] = defined(source)
+    rows, columns = source.shape
+    matrix[:rows, columns : in_blocks(columns, target)] = True
+    matrix[:rows, :columns] = defined(source)
     return to_fractals(matrix, target.shape)
 
 

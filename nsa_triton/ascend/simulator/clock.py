@@ -23,7 +23,7 @@ from nsa_triton.ascend.simulator.costs import Cost, Costs, Traffic
 from nsa_triton.ascend.simulator.instruction import PIPES, Instruction
 from nsa_triton.ascend.simulator.memory import View
 
-PERIOD = 4  # rounds after which double and fourfold buffering is back at the same buffers
+PERIOD = 8  # rounds: a multiple of those after which double and fourfold buffering is back at the same buffers
 SAMPLES = 3  # groups of that many rounds, spread over the loop, that stand for the others
 SHARED = ("tensor", "workspace")
 LINE = 128  # bytes: the unit in which the model remembers what has been read before
@@ -42,49 +42,55 @@ class Event:
 
 
 class SharedMemory:
-    """HBM and L2: each serves the requests of all cores in the order in which they come, at its bandwidth.
+    """HBM and L2: each serves the requests of all cores in the order in which they come, at its bandwidth. Reads queue
+    behind reads and writes behind writes; that both together do not exceed the bandwidth is made sure of for groups of
+    rounds that are left out (`Clock.rounds`) and for the whole launch (`least`).
 
     The first use of a line of a tensor goes to the HBM, and so does every use once more was touched than fits in the
     L2. The workspace, which is small and used again at once, stays in the L2.
     """
 
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
-        self._free = {"HBM": 0.0, "L2": 0.0}
+    def __init__(self, costs: Costs, *, warm: bool) -> None:
+        self._costs, self._warm = costs, warm
+        self._free: dict[tuple[str, str], float] = defaultdict(float)
         self._seen: dict[str, np.ndarray] = {}
         self._patterns: dict[tuple[Any, ...], np.ndarray | slice] = {}
         self._touched = 0.0
         self.bytes: Counter[tuple[str, str]] = Counter()  # by level and "read" or "write"
+        self.service: dict[str, float] = defaultdict(float)  # cycles, by level
 
-    def busy_cycles(self, level: str) -> float:
-        return sum(
-            count / self._costs.shared_rate(level, direction)
-            for (at, direction), count in self.bytes.items()
-            if at == level
-        )
+    @property
+    def least(self) -> float:
+        """Cycles that the busier of the two needs for all that it was asked for."""
+        return max(self.service.values(), default=0.0)
 
-    def serve(self, traffic: Traffic, start: float, weight: float) -> float:
-        """When the last byte of a request has passed that begins at `start`."""
+    def serve(self, traffic: Traffic, start: float, weight: float, asked: dict[str, float]) -> float:
+        """When the last byte of a request has passed that begins at `start`. Adds to the cycles that its core `asked`
+        of each level."""
         from_hbm = self._share_of_hbm(traffic.view, weight)
-        end = start
+        own, end = start, start
         for level, bytes_ in (("HBM", traffic.bytes * from_hbm), ("L2", traffic.bytes * (1 - from_hbm))):
             if bytes_ > 0:
                 self.bytes[level, traffic.direction] += round(bytes_ * weight)
-                rate = self._costs.shared_rate(level, traffic.direction)
-                self._free[level] = max(self._free[level], start) + bytes_ / rate
-                end = max(end, start + traffic.bytes / self._costs.core_rate(level, traffic), self._free[level])
-        return end
+                queue, took = (level, traffic.direction), bytes_ / self._costs.shared_rate(level, traffic.direction)
+                self._free[queue] = max(self._free[queue], start) + took
+                own += bytes_ / self._costs.core_rate(level, traffic)
+                end = max(end, self._free[queue])
+                self.service[level] += took * weight
+                asked[level] += took * weight
+        return max(own, end)
 
     def _share_of_hbm(self, view: View, weight: float) -> float:
         if view.memory.kind == "workspace":
             return 0.0
         seen = self._seen.get(view.memory.name)
         if seen is None:
-            seen = self._seen[view.memory.name] = np.zeros(len(view.memory.data) // LINE + 2, bool)
-        lines = self._lines(view)
-        before = seen[lines]
+            lines = len(view.memory.data) // LINE + 2
+            seen = self._seen[view.memory.name] = np.full(lines, self._warm)
+        touched = self._lines(view)
+        before = seen[touched]
         new = before.size - int(np.count_nonzero(before))
-        seen[lines] = True
+        seen[touched] = True
         self._touched += new * LINE * weight
         return 1.0 if self._touched > self._costs.l2_bytes else new / before.size
 
@@ -108,6 +114,7 @@ class Timing:
     chip: Chip
     costs: Costs
     sampled: bool = True
+    warm: bool = False  # whether the L2 holds the tensors, as far as they fit, from the beginning
     keeps_events: bool = False
     clocks: list[Clock] = field(default_factory=list)
     memory: SharedMemory = field(init=False)
@@ -116,7 +123,17 @@ class Timing:
     work: Counter[str] = field(default_factory=Counter)  # multiply-adds of the cube, elements of the vector unit
 
     def __post_init__(self) -> None:
-        self.memory = SharedMemory(self.costs)
+        self.memory = SharedMemory(self.costs, warm=self.warm)
+
+    def cores(self, role: str) -> int:
+        """How many cores of this kind work at a time."""
+        most = self.chip.cube_cores if role == "AIC" else self.chip.vector_cores
+        return min(most, sum(clock.role == role for clock in self.clocks))
+
+    @property
+    def cycles(self) -> float:
+        """From the launch to the end of the last block: no less than the shared memory needs."""
+        return max([self.memory.least, *(clock.now for clock in self.clocks)])
 
     def clock(self, role: str, block: int, sub_block: int, start: float) -> Clock:
         self.clocks.append(Clock(self, role, block, sub_block, start))
@@ -135,6 +152,7 @@ class Clock:
         self.busy = dict.fromkeys(PIPES, 0.0)
         self._lines: set[tuple[int, int]] = set()  # of the scalar unit's cache
         self._piece_count = 1
+        self._asked: dict[str, float] = defaultdict(float)  # cycles of the shared memory, by level
         self.weight = 1.0  # how many rounds of sampled loops one round stands for
 
     @property
@@ -169,7 +187,7 @@ class Clock:
         start = max(self.issue, self.free[pipe])
         end = start + cost.occupancy + cost.trips * self.costs.round_trip
         if cost.traffic is not None:
-            end = max(end, self.timing.memory.serve(cost.traffic, start, self.weight))
+            end = max(end, self.timing.memory.serve(cost.traffic, start, self.weight, self._asked))
         if instruction.name == "mmadL1":
             end = max(end, self.done["MTE1"] + cost.occupancy / self._piece_count)
         self._finish(instruction, pipe, start, end, cost)
@@ -249,11 +267,14 @@ class Clock:
         for sample in range(SAMPLES):
             first, last = groups * sample // SAMPLES, groups * (sample + 1) // SAMPLES
             at = head + (first + last) // 2 * PERIOD
-            began, stands_for = self.now, last - first
+            began, stands_for, asked = self.now, last - first, dict(self._asked)
             self.weight = outer * stands_for
             yield from plain[at : at + PERIOD]
+            # The other cores ask as much of the shared memory: a group takes at least as long as that.
+            shared = max((self._asked[level] - asked.get(level, 0.0) for level in self._asked), default=0.0)
+            took = max(self.now - began, shared / self.weight * self.timing.cores(self.role))
             self.weight = outer
-            self._shift((self.now - began) * (stands_for - 1))
+            self._shift(took * stands_for - (self.now - began))
 
     def _shift(self, cycles: float) -> None:
         self.issue += cycles

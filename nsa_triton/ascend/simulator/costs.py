@@ -55,6 +55,7 @@ class Steps:
     instructions: int = 1
     barriers: int = 0
     trips: int = 0
+    reads: int = 0  # elements that the scalar unit fetches without waiting for each
 
 
 @functools.cache
@@ -138,7 +139,9 @@ class Costs:
         cycles = sum(repeats * self._operations[name][0] for name, repeats in steps.repeats.items())
         latency = self["vector_latency"] + max(self._operations[name][1] for name in steps.repeats)
         return Cost(
-            issue=self["vector_call"] + self["vector_more"] * max(0, steps.instructions - 1),
+            issue=self["vector_call"]
+            + self["vector_more"] * max(0, steps.instructions - 1)
+            + self["scalar_hit"] * steps.reads,
             occupancy=cycles + steps.barriers * latency,
             latency=latency,
             trips=steps.trips,
@@ -208,12 +211,15 @@ def _pieces(rows: int) -> int:
     return -(-rows // MOST_REPEATS)
 
 
-def _over(name: str, view: View, lanes: int, **more: int) -> Steps:
-    """One operation over a tile: lying side by side in one instruction, else column group by column group."""
+def _over(name: str, view: View, lanes: int) -> Steps:
+    """One operation over a tile: lying side by side in one instruction, else the full groups of columns, one by one or
+    row by row, and what is left of the columns; all that for each element of a third axis."""
     rows, columns = _rows_and_columns(view)
-    groups = -(-columns // lanes)
-    instructions = 1 if len(view.shape) < 2 else min(groups * _pieces(rows), rows * _pieces(groups))
-    return Steps({name: rows * groups}, instructions=instructions + more.pop("instructions", 0), **more)
+    outer = math.prod(view.shape[:-2])
+    full, rest = divmod(columns, lanes)
+    inner = rows // max(1, outer)
+    instructions = outer * (min(full * _pieces(inner), inner * _pieces(full)) + (_pieces(inner) if rest else 0))
+    return Steps({name: rows * -(-columns // lanes)}, instructions=1 if len(view.shape) < 2 else instructions)
 
 
 def _elementwise(instruction: Instruction, operands: Sequence[Any]) -> Steps:
@@ -255,12 +261,15 @@ def _compare(instruction: Instruction, operands: Sequence[Any]) -> Steps:
 
 
 def _select(instruction: Instruction, operands: Sequence[Any]) -> Steps:
-    """The scalar unit writes the address of the mask into the unified buffer, between two waits."""
+    """The scalar unit writes the address of the mask into the unified buffer, between two waits. Rows of bits lie
+    apart: one call for each."""
     target = operands[instruction.parts[1]][0]
     numbers = sum(not isinstance(source, View) for source in operands[instruction.parts[0]])
-    rows, _ = _rows_and_columns(target)
-    steps = _over("vsel", target, _lanes(target), barriers=1, trips=rows if _is_strided(operands[0]) else 1)
-    return _with(steps, "duplicate", numbers, instructions=numbers) if numbers else steps
+    rows, columns = _rows_and_columns(target)
+    calls = rows if _is_strided(operands[0]) else 1
+    repeats = rows * -(-columns // _lanes(target)) if calls > 1 else -(-target.size // _lanes(target))
+    steps = Steps({"vsel": repeats}, instructions=calls, barriers=calls, trips=calls)
+    return _with(steps, "duplicate", calls * numbers, instructions=calls * numbers) if numbers else steps
 
 
 def _is_strided(mask: Any) -> bool:
@@ -282,40 +291,65 @@ def _reduce(instruction: Instruction, operands: Sequence[Any]) -> Steps:
     if len(source.shape) > 1 and instruction.numbers["reduce_dims"] != (len(source.shape) - 1,):
         return _halves(name, source.shape[0], source.size // source.shape[0], _lanes(source))
     lanes = _lanes(source)
-    if rows == 1 and not adds:
+    if len(source.shape) < 2 and not adds:  # the scalar unit fetches the result
         if columns <= lanes:
             return Steps({lanes_name: 1}, trips=1)
-        return Steps({"duplicate": 1, name: -(-columns // lanes), lanes_name: 1}, instructions=3, barriers=3, trips=1)
-    if columns <= lanes:
-        if len(target.shape) > 1 and rows > 1 and target.strides[-2] != 1:  # one element in 32 bytes: row by row
-            return Steps({lanes_name: rows}, instructions=rows, barriers=rows + 1)
-        return Steps({lanes_name: rows}, instructions=_pieces(rows), barriers=2)
-    groups = -(-columns // lanes)
-    steps = math.ceil(math.log2(groups))
-    return Steps({name: rows * (groups - 1), lanes_name: rows}, instructions=1 + groups, barriers=3 + steps)
+        ends = 3 + (columns % lanes > 0)
+        return Steps({"duplicate": 1, name: -(-columns // lanes), lanes_name: 1}, ends, ends, trips=1)
+    is_apart = len(target.shape) > 1 and rows > 1 and target.strides[-2] != 1  # 32 bytes for an element: row by row
+    side_by_side = len(source.shape) < 2 or rows == 1 or source.strides[-2] == columns
+    if adds and columns * BITS[source.dtype] == 256 and side_by_side and not is_apart:
+        return Steps({lanes_name: -(-source.size // lanes)})  # 32 bytes: one instruction sums all of them
+    folded = _folds(columns // lanes, -(-columns // lanes)) if columns > lanes else []
+    pieces = _pieces(rows)
+    return Steps(
+        {lanes_name: rows} | ({name: rows * sum(folded)} if folded else {}),
+        instructions=pieces * sum(folded) + (rows if is_apart else pieces),
+        barriers=len(folded) + 1 + (rows if is_apart else pieces),
+    )
+
+
+def _folds(complete: int, parts: int) -> list[int]:
+    """How many parts each step of a fold combines: the largest 2^n complete ones in halves (one alone is copied), those
+    left over onto the result, and the result in halves."""
+    whole = 1 << complete.bit_length() - 1
+    half = max(1, whole // 2)
+    left = range(whole, parts, half)
+    return [half, *(min(half, parts - start) for start in left), *(half >> n for n in range(1, half.bit_length()))]
 
 
 def _halves(name: str, rows: int, columns: int, lanes: int) -> Steps:
-    """A tree over the first axis."""
-    steps = max(1, math.ceil(math.log2(rows))) if rows > 1 else 1
-    return Steps({name: -(-columns // lanes) * max(1, rows - 1)}, instructions=steps, barriers=steps - 1)
+    """A fold of the first axis."""
+    full, rest = divmod(columns, lanes)
+    folded = _folds(rows, rows)
+    return Steps(
+        {name: -(-columns // lanes) * max(1, rows - 1)},
+        instructions=sum(min(full, step) * (full > 0) + (rest > 0) for step in folded),
+        barriers=len(folded) - 1,
+    )
 
 
 def _broadcast(instruction: Instruction, operands: Sequence[Any]) -> Steps:
     source, target = operands[0], operands[instruction.parts[1]][0]
-    if not isinstance(source, View) or source.shape[-1] == target.shape[-1]:
-        return _over("duplicate" if not isinstance(source, View) else "broadcast", target, _lanes(target))
+    if not isinstance(source, View):
+        return _over("duplicate", target, _lanes(target))
+    rows, columns = _rows_and_columns(target)
+    groups = -(-columns // _lanes(target))
+    if source.shape[-1] == target.shape[-1]:  # a row, copied
+        return Steps({"broadcast": rows * groups}, instructions=_pieces(rows))
     rows = source.size
-    if len(source.shape) > 1 and source.strides[-2] != 1 and rows > 1:
-        return Steps({"duplicate": rows * -(-target.shape[-1] // _lanes(target))}, instructions=rows, trips=rows)
-    columns = -(-target.shape[-1] // _lanes(target))
-    return Steps({"broadcast": -(-rows // 8) + rows * columns}, instructions=2, barriers=2)
+    if len(source.shape) > 1 and source.strides[-2] != 1 and rows > 1:  # the scalar unit reads them all in one wait
+        return Steps({"duplicate": rows * groups}, instructions=rows, trips=1, reads=rows)
+    if columns * BITS[target.dtype] == 256 and rows % 8 == 0:
+        return Steps({"broadcast": rows // 8}, barriers=1)
+    return Steps({"broadcast": -(-rows // 8) + rows * groups}, instructions=1 + _pieces(rows), barriers=2)
 
 
 def _arange(_: Instruction, operands: Sequence[Any]) -> Steps:
     target = operands[0]
-    steps = max(1, math.ceil(math.log2(max(2, target.size / 8))))
-    return Steps({"scalar": -(-target.size // 64) + steps}, instructions=8 + steps, barriers=steps - 1, trips=1)
+    steps = math.ceil(math.log2(max(1, target.size / 8)))
+    repeats = -(-target.size // 64) + steps
+    return Steps({"scalar": repeats}, instructions=8 + steps, barriers=max(0, steps - 1), trips=1)
 
 
 def _copy(_: Instruction, operands: Sequence[Any]) -> Steps:

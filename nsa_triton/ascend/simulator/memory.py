@@ -51,13 +51,20 @@ class View:
     bounds and narrows them afterwards.
     """
 
-    __slots__ = ("dtype", "memory", "offset", "shape", "strides")
+    __slots__ = ("dtype", "memory", "offset", "shape", "start", "strides")
 
     def __init__(
-        self, memory: Memory, dtype: str, offset: int, shape: Sequence[int], strides: Sequence[int] | None = None
+        self,
+        memory: Memory,
+        dtype: str,
+        offset: int,
+        shape: Sequence[int],
+        strides: Sequence[int] | None = None,
+        start: int | None = None,
     ) -> None:
         self.memory, self.dtype, self.offset, self.shape = memory, dtype, offset, tuple(shape)
         self.strides = row_major(self.shape) if strides is None else tuple(strides)
+        self.start = offset if start is None else start  # of the buffer that this is a view of
 
     @property
     def size(self) -> int:
@@ -75,7 +82,7 @@ class View:
 
     def at(self, elements: int, shape: Sequence[int] = (), strides: Sequence[int] = ()) -> View:
         """A view that begins `elements` further on."""
-        return View(self.memory, self.dtype, self.offset + elements * BITS[self.dtype], shape, strides)
+        return View(self.memory, self.dtype, self.offset + elements * BITS[self.dtype], shape, strides, self.start)
 
     def raw(self) -> np.ndarray:
         """The elements in place, bfloat16 as 16-bit patterns; not for i1, which has eight elements in a byte."""
@@ -147,8 +154,9 @@ def cast(value: Any, dtype: str, rounding: str = "rint") -> np.ndarray:
         return to_bf16(value)
     if value.dtype.kind == "f" and dtype[0] == "i":
         limits = np.iinfo(DTYPES[dtype])
+        most = np.nextafter(2.0**63, 0) if dtype == "i64" else limits.max  # 2^63 - 1 is no float64
         rounded = getattr(np, rounding)(value.astype(np.float64))
-        result = np.clip(np.nan_to_num(rounded), limits.min, limits.max).astype(DTYPES[dtype])
+        result = np.clip(np.nan_to_num(rounded), limits.min, most).astype(DTYPES[dtype])
         return result
     with np.errstate(over="ignore"):
         result = value.astype(DTYPES[dtype], copy=False)

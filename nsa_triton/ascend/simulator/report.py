@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from nsa_triton.ascend.simulator.clock import Event, Timing
@@ -43,18 +43,16 @@ class LaunchReport:
     cycles_per_us: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        content = asdict(self)
-        del content["events"]
-        return {"simulated": True, **content}
+        return {"simulated": True, **{name: value for name, value in vars(self).items() if name != "events"}}
 
 
 def launch_report(timing: Timing, kernel: str, compiler: str, blocks: int) -> LaunchReport:
     costs = timing.costs
-    cycles = max((clock.now for clock in timing.clocks), default=0.0)
+    cycles = timing.cycles
     seconds = cycles / costs.clock_hz
     bytes_ = {f"{level} {direction}": count for (level, direction), count in sorted(timing.memory.bytes.items())}
     busy = _busy(timing, cycles)
-    shared = {level: timing.memory.busy_cycles(level) / cycles for level in ("HBM", "L2")}
+    shared = {level: timing.memory.service[level] / cycles for level in ("HBM", "L2")}
     critical = max({**busy, **shared}.items(), key=lambda item: item[1])[0]
     hbm = sum(count for name, count in bytes_.items() if name.startswith("HBM"))
     cube = {"f32": costs["cube_depth_32"]}
@@ -87,11 +85,10 @@ def _busy(timing: Timing, cycles: float) -> dict[str, float]:
     found: dict[str, float] = {}
     for role in ("AIC", "AIV"):
         clocks = [clock for clock in timing.clocks if clock.role == role]
-        cores = min(len(clocks), timing.chip.cube_cores if role == "AIC" else timing.chip.vector_cores)
         for pipe in PIPES:
             total = sum(clock.busy[pipe] for clock in clocks)
             if total:
-                found[f"{role} {pipe}"] = total / cores / cycles
+                found[f"{role} {pipe}"] = total / timing.cores(role) / cycles
     return found
 
 

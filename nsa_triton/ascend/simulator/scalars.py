@@ -17,6 +17,7 @@ from nsa_triton.ascend.simulator.memory import to_bf16 as bf16_bits
 
 to_f32, to_f16, to_f64 = np.float32, np.float16, np.float64
 divide, maximum, minimum, fmax, fmin = np.divide, np.maximum, np.minimum, np.fmax, np.fmin
+sqrt, exp, exp2, log, log2, absolute = np.sqrt, np.exp, np.exp2, np.log, np.log2, np.absolute
 
 
 def to_bf16(value: Any) -> Any:
@@ -54,7 +55,7 @@ def bitcast(value: Any, source: str, target: str) -> Any:
 
 def reinterpret_cast(base: View, offsets: Sequence[int], sizes: Sequence[int], strides: Sequence[int]) -> View:
     """Counts from the start of the buffer; may exceed the tensor, as a subview narrows it before it is touched."""
-    return View(base.memory, base.dtype, base.offset + offsets[0] * BITS[base.dtype], sizes, strides)
+    return View(base.memory, base.dtype, base.start + offsets[0] * BITS[base.dtype], sizes, strides, base.start)
 
 
 def subview(
@@ -74,16 +75,18 @@ def collapse_shape(base: View, groups: Sequence[Sequence[int]]) -> View:
         next((base.strides[d] for d in reversed(group) if base.shape[d] != 1), base.strides[group[-1]])
         for group in groups
     ]
-    return View(base.memory, base.dtype, base.offset, [math.prod(base.shape[d] for d in g) for g in groups], strides)
+    sizes = [math.prod(base.shape[d] for d in group) for group in groups]
+    return View(base.memory, base.dtype, base.offset, sizes, strides, base.start)
 
 
 def expand_shape(base: View, groups: Sequence[Sequence[int]], sizes: Sequence[int]) -> View:
     strides = [
         step * base.strides[axis] for axis, group in enumerate(groups) for step in row_major([sizes[d] for d in group])
     ]
-    return View(base.memory, base.dtype, base.offset, sizes, strides)
+    return View(base.memory, base.dtype, base.offset, sizes, strides, base.start)
 
 
 def metadata(base: View, rank: int) -> tuple[Any, ...]:
-    """The buffer itself, its offset, sizes and strides."""
-    return (base.at(0), 0, *base.shape[:rank], *base.strides[:rank])
+    """The buffer itself, the view's offset in it, sizes and strides."""
+    buffer = View(base.memory, base.dtype, base.start, ())
+    return (buffer, (base.offset - base.start) // BITS[base.dtype], *base.shape[:rank], *base.strides[:rank])

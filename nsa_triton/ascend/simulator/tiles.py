@@ -28,7 +28,7 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
 REDUCTIONS: dict[str, np.ufunc] = {"sum": np.add, "max": np.maximum, "min": np.minimum}
-LANES = 64  # 32-bit elements of one repeat
+REPEAT = 256  # bytes that the vector unit takes at a time
 
 
 def values(operands: Operands) -> list[Any]:
@@ -83,8 +83,10 @@ def reduce(instruction: Instruction, operands: Operands) -> None:
 
 def over_rows(function: np.ufunc, rows: np.ndarray) -> np.ndarray:
     """Along the first axis: the first 2^n rows are folded in halves, those behind them added to the first fold."""
+    if len(rows) == 1:
+        return np.asarray(rows[0])
     whole = 1 << len(rows).bit_length() - 1
-    folded = function(rows[: whole // 2], rows[whole // 2 : whole]) if whole > 1 else rows
+    folded = function(rows[: whole // 2], rows[whole // 2 : whole])
     for start in range(whole, len(rows), whole // 2):
         more = rows[start : start + whole // 2]
         folded[: len(more)] = function(more, folded[: len(more)])
@@ -94,25 +96,26 @@ def over_rows(function: np.ufunc, rows: np.ndarray) -> np.ndarray:
 
 
 def over_columns(function: np.ufunc, rows: np.ndarray) -> np.ndarray:
-    """Along the last axis: groups of 64 columns are folded as rows are, then neighbours are combined within a group."""
-    columns = rows.shape[-1]
-    if columns > LANES:
-        rows = _fold_groups(function, rows, columns)
+    """Along the last axis: the columns of each repeat, 64 of 32 bits, are folded as rows are, then neighbours are
+    combined within the last one."""
+    columns, lanes = rows.shape[-1], REPEAT // rows.dtype.itemsize
+    if columns > lanes:
+        rows = _fold_groups(function, rows, columns, lanes)
     while rows.shape[-1] > 1:
         odd = rows[..., -1:] if rows.shape[-1] % 2 else rows[..., :0]
         rows = np.concatenate((function(rows[..., 0:-1:2], rows[..., 1::2]), odd), axis=-1)
     return rows[..., 0]
 
 
-def _fold_groups(function: np.ufunc, rows: np.ndarray, columns: int) -> np.ndarray:
-    whole = 1 << (columns // LANES).bit_length() - 1  # groups
-    half = max(whole // 2, 1) * LANES
-    folded = function(rows[..., :half], rows[..., half : whole * LANES]) if whole > 1 else rows[..., :LANES].copy()
-    for start in range(whole * LANES, columns, half):
+def _fold_groups(function: np.ufunc, rows: np.ndarray, columns: int, lanes: int) -> np.ndarray:
+    whole = 1 << (columns // lanes).bit_length() - 1  # groups
+    half = max(whole // 2, 1) * lanes
+    folded = function(rows[..., :half], rows[..., half : whole * lanes]) if whole > 1 else rows[..., :lanes].copy()
+    for start in range(whole * lanes, columns, half):
         more = rows[..., start : start + half]
         width = more.shape[-1]
         folded[..., :width] = function(more, folded[..., :width])
-    while folded.shape[-1] > LANES:
+    while folded.shape[-1] > lanes:
         folded = function(folded[..., : folded.shape[-1] // 2], folded[..., folded.shape[-1] // 2 :])
     return folded
 
@@ -127,6 +130,8 @@ def arange(instruction: Instruction, operands: Operands) -> None:
 def load(instruction: Instruction, operands: Operands) -> None:
     """Rows of global memory. Each is filled up to a multiple of 32 bytes, with the padding value or 0."""
     source, target = operands[0], operands[1]
+    if len(instruction.parts) > 3 and any(operands[instruction.parts[3]]):
+        raise UnknownInstructionError(f"{instruction} at {instruction.source}: padding on the left is not modelled")
     if 0 in source.shape:
         return
     data = source.raw().copy()
@@ -143,10 +148,15 @@ def store(_: Instruction, operands: Operands) -> None:
 
 
 def padded(target: View) -> View:
-    """`target` with rows lengthened to a multiple of 32 bytes, as far as the next row does not begin before."""
-    if 0 in target.shape or not target.shape or target.strides[-1] != 1:
+    """`target` with rows lengthened to a multiple of 32 bytes, as far as the next row does not begin before. Elements
+    that lie apart are rows of one."""
+    if 0 in target.shape or not target.shape:
         return target
     per_block = BLOCK * 8 // BITS[target.dtype]
+    if target.strides[-1] != 1:
+        apart = target.strides[-1] >= per_block
+        shape, strides = (*target.shape, per_block), (*target.strides, 1)
+        return View(target.memory, target.dtype, target.offset, shape, strides) if apart else target
     room = target.strides[-2] if len(target.shape) > 1 else len(target.memory.data) * 8 // BITS[target.dtype]
     length = min(-(-target.shape[-1] // per_block) * per_block, room)
     shape = (*target.shape[:-1], max(target.shape[-1], length))
@@ -154,11 +164,20 @@ def padded(target: View) -> View:
 
 
 def to_l1(_: Instruction, operands: Operands) -> None:
-    """Rows of global memory into fractals; rows and columns of the fractals beyond the source keep their bytes."""
+    """Rows of global memory into fractals. A row is filled up to 32 bytes with zeros; rows of the fractals and whole
+    blocks of 32 bytes beyond the source keep their bytes."""
     source, target = operands[0].raw(), operands[1]
     matrix = from_fractals(target.raw()).copy()
-    matrix[: source.shape[0], : source.shape[1]] = source
+    rows, columns = source.shape
+    matrix[:rows, columns : in_blocks(columns, target)] = 0
+    matrix[:rows, :columns] = source
     target.raw()[...] = to_fractals(matrix, target.shape)
+
+
+def in_blocks(columns: int, fractals: View) -> int:
+    """Columns rounded up to whole blocks of 32 bytes."""
+    width = fractals.shape[-1]
+    return -(-columns // width) * width
 
 
 def from_l0c(_: Instruction, operands: Operands) -> None:
@@ -193,6 +212,11 @@ _UNMODELLED: dict[str, Callable[[Instruction], bool]] = {
     "pre_quant": lambda i: i.attributes.get("pre_quant", "NO_QUANT") not in ("NO_QUANT", "F322F16", "F322BF16"),
     "arith": lambda i: "arith" in i.attributes and i.attributes["arith"] not in REDUCTIONS,
     "pre_relu": lambda i: i.attributes.get("pre_relu", "NO_RELU") != "NO_RELU",
+    "round_mode": lambda i: i.attributes.get("round_mode", "rint") not in ("rint", "floor", "ceil", "trunc"),
+    "dma_mode": lambda i: i.attributes.get("dma_mode", "nz2nd") != "nz2nd",
+    "pad_mode": lambda i: i.attributes.get("pad_mode", "PadValue") != "PadValue",
+    "init_out_buffer": lambda i: i.flag("init_out_buffer"),
+    "may_implicit_transpose_with_last_axis": lambda i: i.flag("may_implicit_transpose_with_last_axis"),
 }
 
 

@@ -32,7 +32,12 @@ _CALLS = {
     "maximumf": "maximum", "minimumf": "minimum", "maxnumf": "fmax", "minnumf": "fmin",
 }  # fmt: skip
 _CMPI = ("==", "!=", "<", "<=", ">", ">=", "<", "<=", ">", ">=")  # from the seventh on: of unsigned numbers
-_CMPF = {1: "==", 2: ">", 3: ">=", 4: "<", 5: "<=", 6: "!=", 8: "==", 9: ">", 10: ">=", 11: "<", 12: "<=", 13: "!="}
+_CMPF = {  # the first six are false of NaN, the others true
+    1: "{0} == {1}", 2: "{0} > {1}", 3: "{0} >= {1}", 4: "{0} < {1}", 5: "{0} <= {1}", 6: "({0} < {1} or {0} > {1})",
+    8: "(not ({0} < {1} or {0} > {1}))", 9: "(not {0} <= {1})", 10: "(not {0} < {1})", 11: "(not {0} >= {1})",
+    12: "(not {0} > {1})", 13: "{0} != {1}",
+}  # fmt: skip
+_MATH = {"sqrt": "sqrt", "exp": "exp", "exp2": "exp2", "log": "log", "log2": "log2", "absf": "absolute"}
 _NO_CODE = {"mark", "set_mask_norm", "set_ffts_base_addr"}
 _GLOBAL = ("load", "store", "nd2nz", "fixpipe")  # instructions that may use the memory that all cores share
 
@@ -171,7 +176,13 @@ class _Writer:
         dialect = op.name.partition(".")[0]
         if op.short in _NO_CODE or op.name == "func.return":
             return
-        writers = {"arith": self._arith, "memref": self._memref, "scf": self._scf, "hivm": self._hivm}
+        writers = {
+            "arith": self._arith,
+            "math": self._arith,
+            "memref": self._memref,
+            "scf": self._scf,
+            "hivm": self._hivm,
+        }
         if dialect not in writers:
             raise UnknownInstructionError(f"{op.name} at {op.source}: the simulator does not model this op")
         writers[dialect](op)
@@ -188,6 +199,8 @@ class _Writer:
 
     def _expression(self, op: Op, ins: list[str], kind: str) -> str:
         short, source = op.short, op.types[0][0]
+        if op.name.startswith("math.") and short in _MATH:
+            return f"to_{kind}({_MATH[short]}({ins[0]}))"
         if short == "select":
             return f"{ins[1]} if {ins[0]} else {ins[2]}"
         if short == "cmpi":
@@ -198,15 +211,16 @@ class _Writer:
             predicate = int(op.attributes["predicate"].partition(" ")[0])
             if predicate not in _CMPF:
                 raise UnknownInstructionError(f"arith.cmpf at {op.source}: predicate {predicate} is not modelled")
-            return f"int({ins[0]} {_CMPF[predicate]} {ins[1]})"
-        if short in ("index_cast", "trunci", "index_castui"):
-            return f"wrap({ins[0]}, {_width(kind)})" if _width(kind) < _width(source) else ins[0]
-        if short == "extsi":
-            return f"-{ins[0]}" if source == "i1" else ins[0]
-        if short == "extui":
+            return f"int({_CMPF[predicate].format(*ins)})"
+        if short in ("index_cast", "trunci", "index_castui") and _width(kind) < _width(source):
+            return f"wrap({ins[0]}, {_width(kind)})"
+        if short in ("extui", "index_castui"):
             return f"unsigned({ins[0]}, {_width(source)})"
+        value = f"-{ins[0]}" if source == "i1" else ins[0]  # of a signed number: one bit is 0 or -1
+        if short in ("extsi", "index_cast"):
+            return value
         if short in ("sitofp", "truncf", "extf"):
-            return f"to_{kind}({ins[0]})"
+            return f"to_{kind}({value})"
         if short == "fptosi":
             return f"int({ins[0]})"
         if short == "bitcast":
@@ -397,4 +411,4 @@ def _float(text: str, kind: str) -> Any:
         if kind == "bf16":
             return np.float32(struct.unpack("<f", struct.pack("<I", bits << 16))[0])
         return np.array([bits], np.uint32 if kind == "f32" else np.uint16).view(DTYPES[kind])[0]
-    return (np.float32 if kind == "bf16" else DTYPES.get(kind, np.float64))(text)
+    return scalars.to_bf16(np.float32(text)) if kind == "bf16" else DTYPES.get(kind, np.float64)(text)

@@ -74,7 +74,7 @@ def query_rows(rows, i_b, n_tokens, n_all, RAGGED: tl.constexpr):
         return i_b * n_tokens, (i_b + 1) * n_tokens, ((i_b + 1) * n_tokens).to(tl.int64)
 
 
-# A select with a mask of columns is done row by row on Ascend, and waits for the scalar unit each time; a product is not.
+# A select with a mask of columns is done row by row on Ascend and waits for the scalar unit each time; a product isn't.
 # Where a factor is not finite, the row's softmax is NaN all over anyway.
 
 

@@ -50,8 +50,8 @@ def plan_forward(
     stride: int,
     new_tokens: int,
 ) -> Launch:
-    """`x` is [pages, page, N, D] with page ids in `table`, or [T, N, D] with the first token of each batch in it; `w` is
-    [N, L]."""
+    """`x` is [pages, page, N, D] with page ids in `table`, or [T, N, D] with the first token of each batch in it.
+    `w` is [N, L]."""
     paged = x.dim() == 4
     heads, size = x.shape[-2:]
     page = x.shape[1] if paged else stride

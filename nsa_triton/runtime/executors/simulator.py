@@ -36,11 +36,13 @@ class SimulatorExecutor:
         checker: Checker | None = None,
         times: bool = False,
         sampled: bool = True,
+        warm: bool = False,
         keeps_events: bool = False,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.chip, self.compiler, self.checker = chip(chip_name), compiler or installed_compiler(), checker
-        self.times, self.sampled, self.keeps_events, self.options = times, sampled, keeps_events, options
+        self.times, self.sampled, self.warm, self.keeps_events = times, sampled, warm, keeps_events
+        self.options = options
         self.reports: list[LaunchReport] = []
         self._programs: dict[tuple[str, str], Program] = {}
 
@@ -56,7 +58,7 @@ class SimulatorExecutor:
         if not self.times:
             run(program, self.chip, programs, dict(arguments), self.checker)
             return
-        timing = Timing(self.chip, Costs(self.chip), self.sampled, self.keeps_events)
+        timing = Timing(self.chip, Costs(self.chip), self.sampled, self.warm, self.keeps_events)
         time(program, self.chip, programs, dict(arguments), timing)
         self.reports.append(launch_report(timing, kernel.fn.__name__, self.compiler.version, programs))
 
