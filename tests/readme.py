@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def _parameters() -> str:
     return f"Model version {model['version']}.\n\n" + "\n".join(tables)
 
 
+def _mutations() -> str:
+    """Detection by kind of mutation, over all kernels and compilers."""
+    with (RESULTS / "ascend" / "simulator_mutations.csv").open(newline="") as file:
+        found = [(row["kind"], row["detected by"], int(row["count"])) for row in csv.DictReader(file)]
+    rows: list[tuple[str, ...]] = []
+    for kind in sorted({kind for kind, _, _ in found}):
+        own = [(by, count) for other, by, count in found if other == kind]
+        total = sum(count for _, count in own)
+        unflagged: Counter[str] = Counter()
+        for by, count in own:
+            if by.startswith("unflagged"):
+                unflagged[by.partition(": ")[2]] += count
+        why = "; ".join(f"{count} × {reason}" for reason, count in unflagged.most_common())
+        rows.append((kind, str(total), f"{1 - unflagged.total() / total:.0%}", why or "–"))
+    everything = sum(count for *_, count in found)
+    missed = sum(count for _, by, count in found if by.startswith("unflagged"))
+    rows.append(("all", str(everything), f"{1 - missed / everything:.0%}", ""))
+    return markdown(("mutation", "tried", "detected", "not flagged, and why"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "nsa-triton ops --markdown": _operators,
     "python -m bench.cpu_target": functools.partial(_table, "cpu/cpu_target.csv"),
@@ -63,7 +84,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "python -m bench.simulated": functools.partial(_table, "ascend/simulated.csv"),
     "python -m bench.simulated, before": functools.partial(_table, "ascend/simulated_before.csv"),
     "python -m bench.simulator_published": functools.partial(_table, "ascend/simulator_published.csv"),
-    "python -m bench.simulator_mutations": functools.partial(_table, "ascend/simulator_mutations.csv"),
+    "python -m bench.simulator_mutations": _mutations,
     "python -m bench.decode_bytes": functools.partial(_table, "ascend/decode_bytes.csv"),
 }
 
