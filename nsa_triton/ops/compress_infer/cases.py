@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHECKS = [
     ((160, 0, 145, 4096), 4, 192, 32, 16, 64, 1, torch.bfloat16),
     ((2048, 31, 1040), 2, 128, 64, 16, 128, 40, torch.float16),
-    ((96, 500, 48), 1, 100, 48, 48, 16, 3, torch.float32),
+    ((96, 500, 48), 3, 100, 48, 48, 16, 3, torch.float32),
     ((700, 33, 416), 8, 128, 32, 16, None, 1, torch.bfloat16),
 ]
 # dtype, heads, head size, window, stride, page
