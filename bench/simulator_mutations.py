@@ -4,7 +4,7 @@ Each fault is planted into the final module of a kernel (tests/ascend/simulator/
 checker. What is reported nowhere, and leaves the results as they were, has to be explained: a second, slower and exact
 check of the order, which shares nothing with the checker but the roles of operands, compares every pair of accesses
 byte by byte. Where it finds all of them in order, the flag or barrier was redundant in this run. Otherwise, it is a
-hole in the checker.
+hole in the checker. Counts differ a little from run to run, as both compilers place buffers differently each time.
 
     python -m bench.simulator_mutations            # rewrites bench/results/ascend/simulator_mutations.csv
 """

@@ -117,6 +117,7 @@ class Timing:
     warm: bool = False  # whether the L2 holds the tensors, as far as they fit, from the beginning
     keeps_events: bool = False
     clocks: list[Clock] = field(default_factory=list)
+    working: Counter[str] = field(default_factory=Counter)  # cores that have a block now, by kind
     memory: SharedMemory = field(init=False)
     events: list[Event] = field(default_factory=list)
     lines: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # busy cycles by source line
@@ -137,6 +138,7 @@ class Timing:
 
     def clock(self, role: str, block: int, sub_block: int, start: float) -> Clock:
         self.clocks.append(Clock(self, role, block, sub_block, start))
+        self.working[role] += 1
         return self.clocks[-1]
 
 
@@ -272,7 +274,7 @@ class Clock:
             yield from plain[at : at + PERIOD]
             # The other cores ask as much of the shared memory: a group takes at least as long as that.
             shared = max((self._asked[level] - asked.get(level, 0.0) for level in self._asked), default=0.0)
-            took = max(self.now - began, shared / self.weight * self.timing.cores(self.role))
+            took = max(self.now - began, shared / self.weight * self.timing.working[self.role])
             self.weight = outer
             self._shift(took * stands_for - (self.now - began))
 

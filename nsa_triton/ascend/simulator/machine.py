@@ -71,7 +71,7 @@ def time(
             return []
         return _team(program, chip, block, blocks, bound, timing=timing, start=free + per_block)
 
-    _finish_in_time(teams, next_team, progress)
+    _finish_in_time(teams, next_team, progress, timing)
 
 
 class _Arguments:
@@ -178,6 +178,7 @@ def _finish_in_time(
     teams: Sequence[list[Running]],
     next_team: Callable[[float], list[Running]],
     progress: Callable[[int], None] | None,
+    timing: Timing,
 ) -> None:
     """Resume the core whose next use of the shared memory comes first."""
     queue: list[tuple[float, int, _Turn]] = []
@@ -201,6 +202,7 @@ def _finish_in_time(
             heapq.heappush(queue, (turn, next(number), member))
         else:
             member.team.remove(member.core)
+            timing.working[member.core.role] -= 1
             if not member.team:
                 finished += 1
                 if progress is not None:

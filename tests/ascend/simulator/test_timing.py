@@ -62,6 +62,7 @@ def product(compiler: Compiler, n: int, programs: int = CUBES, k: int = 0, **mor
 WORK: dict[str, Callable[..., LaunchReport]] = {
     "copy": lambda compiler, **more: copy(compiler, 96 * MIB, **more),
     "copy of small tiles": lambda compiler, **more: copy(compiler, 2 * MIB, tile=128, **more),
+    "copy in two waves": lambda compiler, **more: copy(compiler, 180 * MIB, programs=60, **more),
     "polynomial": lambda compiler, **more: polynomial(compiler, 2 * MIB, terms=100, **more),
     "product": lambda compiler, **more: product(compiler, 1536, **more),
     "product of long rows": lambda compiler, **more: product(compiler, 768, programs=18, k=12288, **more),
