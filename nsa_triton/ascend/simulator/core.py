@@ -166,9 +166,13 @@ class Core:
             self.checker.barrier(self, pipe)
 
     def flags_left(self) -> Iterable[str]:
+        """Flags that were set and never waited for, those of other cores among them."""
         for (source, target, event), queue in self._flags.items():
             if queue:
                 yield f"{source} to {target}, event {event}"
+        for (flag, _), queue in self._arrivals.items():
+            if queue:
+                yield f"flag {flag} of another core"
 
     def _carried(self, pipe: str) -> Any:
         """What a flag carries that is set behind the last instruction of `pipe`."""

@@ -81,7 +81,7 @@ def translate(text: str) -> Program:
     for function in functions(text):
         if function.name.endswith("infer_workspace_shape_function"):
             workspace = next((value for op in function.ops if (value := op.integer()) is not None), 0)
-        elif "_infer_" not in function.name:
+        elif "_infer_" not in function.name or not function.name.endswith("_function"):
             cores.append(_core(function))
     return Program(tuple(cores), workspace)
 
