@@ -16,7 +16,7 @@ from nsa_triton.ops.compress_infer import cases
 from tests.compiling import no_ascend
 
 needs_toolchain = pytest.mark.skipif(bool(no_ascend()), reason=no_ascend())
-CASE = "B=3 N=1"  # the smallest: three blocks
+CASE = "B=3 N=3"  # the smallest: a few blocks
 COMMAND = ["simulate", "compress_infer", "--case", CASE]
 RACE = Fault("race", "this reads what that writes", "compress_infer/kernels.py:1")
 
@@ -55,11 +55,11 @@ def test_the_table_has_numbers_times_and_where_they_come_from(capsys):
     title = said.out.splitlines()[0]
     assert title.startswith("simulated, model version ")
     assert title.endswith("Ascend910B2: no NPU was involved")
-    assert "nsa_compress_infer fp32 B=3 N=1" in said.out
+    assert f"nsa_compress_infer fp32 {CASE}" in said.out
     assert "compress_infer/kernels.py:" in said.out
     assert "all numbers are right" in said.out
     assert "faults" not in said.out
-    assert said.err.startswith("[1/1] nsa_compress_infer float32 B=3 N=1")
+    assert said.err.startswith(f"[1/1] nsa_compress_infer float32 {CASE}")
 
 
 @needs_toolchain
