@@ -7,7 +7,6 @@ meta tensors in place of real ones: what is checked is what runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.tiles import split, table
 from nsa_triton.ops._common.weights import head_major
 from nsa_triton.ops.compress import kernels
 from nsa_triton.runtime.configs import Config, lookup
@@ -57,32 +57,24 @@ def segments(windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     return ends - lengths, lengths, np.cumsum(counts) - counts, counts
 
 
-def _split(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `counts[b]` things of every segment b into tiles of `size`: the segment and the first thing of each tile."""
-    tiles = -(-counts // size)
-    segment = np.repeat(np.arange(len(counts)), tiles)
-    first = (np.arange(len(segment)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * size
-    return segment, first
-
-
 @functools.lru_cache(maxsize=64)
 def window_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor:
     """[tiles, 3] first token, first window and number of windows of every tile; cached by value, on the device."""
     first_token, _, first_row, counts = segments(windows)
-    segment, first = _split(counts, per_tile)
+    segment, first = split(counts, per_tile)
     columns = (
         first_token[segment] + first * windows.stride,
         first_row[segment] + first,
         np.minimum(per_tile, counts[segment] - first),
     )
-    return _table(columns, device)
+    return table(columns, device)
 
 
 @functools.lru_cache(maxsize=64)
 def chunk_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor:
     """[tiles, 5] first token, tokens and first stride-chunk of each tile, first row and windows of its segment."""
     first_token, lengths, first_row, counts = segments(windows)
-    segment, first = _split(-(-lengths // windows.stride), per_tile)
+    segment, first = split(-(-lengths // windows.stride), per_tile)
     offset = first * windows.stride
     columns = (
         first_token[segment] + offset,
@@ -91,11 +83,7 @@ def chunk_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor
         first_row[segment],
         counts[segment],
     )
-    return _table(columns, device)
-
-
-def _table(columns: Iterable[np.ndarray], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.stack(tuple(columns), axis=1).astype(np.int32)).to(device)
+    return table(columns, device)
 
 
 class Plan:

@@ -1,0 +1,72 @@
+"""Tables of tiles: where the work of a ragged batch lies, made on the host and cached by value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def split(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut `counts[b]` things of every segment b into tiles of `size`: the segment and the first thing of each tile."""
+    tiles = -(-counts // size)
+    segment = np.repeat(np.arange(len(counts)), tiles)
+    first = (np.arange(len(segment)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * size
+    return segment, first
+
+
+def table(columns: Iterable[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(tuple(columns), axis=1).astype(np.int32)).to(device)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Queries and keys of a batch, packed: inclusive prefix sums of the lengths of each segment."""
+
+    query_ends: tuple[int, ...]
+    key_ends: tuple[int, ...]
+
+    @functools.cached_property
+    def queries(self) -> np.ndarray:
+        """[B] query tokens of each segment."""
+        return np.diff(np.asarray(self.query_ends, dtype=np.int64), prepend=0)
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """[B] key tokens of each segment."""
+        return np.diff(np.asarray(self.key_ends, dtype=np.int64), prepend=0)
+
+    @functools.cached_property
+    def first_query(self) -> np.ndarray:
+        return np.cumsum(self.queries) - self.queries
+
+    @functools.cached_property
+    def first_key(self) -> np.ndarray:
+        return np.cumsum(self.keys) - self.keys
+
+
+@functools.lru_cache(maxsize=64)
+def query_tiles(ragged: Ragged, per_tile: int, device: torch.device) -> Tensor:
+    """[tiles, 6] of each tile of `per_tile` query tokens: first row of q; first token, counted within its segment, and
+    tokens of the tile; query tokens of the segment; first row of k and key tokens of the segment."""
+    segment, first = split(ragged.queries, per_tile)
+    columns = (
+        ragged.first_query[segment] + first,
+        first,
+        np.minimum(per_tile, ragged.queries[segment] - first),
+        ragged.queries[segment],
+        ragged.first_key[segment],
+        ragged.keys[segment],
+    )
+    return table(columns, device)
+
+
+@functools.lru_cache(maxsize=64)
+def key_tiles(ragged: Ragged, per_tile: int, device: torch.device) -> Tensor:
+    """[tiles, 6] of each tile of `per_tile` key tokens: first row of k; first token, counted within its segment, and
+    tokens of the tile; key tokens of the segment; first row of q and query tokens of the segment."""
+    return query_tiles(Ragged(ragged.key_ends, ragged.query_ends), per_tile, device)
