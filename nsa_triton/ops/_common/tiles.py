@@ -23,6 +23,17 @@ def table(columns: Iterable[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(tuple(columns), axis=1).astype(np.int32)).to(device)
 
 
+def _lengths(ends: tuple[int, ...]) -> np.ndarray:
+    lengths: np.ndarray = np.diff(np.asarray(ends, dtype=np.int64), prepend=0)
+    return lengths
+
+
+def _before(lengths: np.ndarray) -> np.ndarray:
+    """The sum of the lengths before each."""
+    ends: np.ndarray = np.cumsum(lengths)
+    return ends - lengths
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Queries and keys of a batch, packed: inclusive prefix sums of the lengths of each segment."""
@@ -33,20 +44,20 @@ class Ragged:
     @functools.cached_property
     def queries(self) -> np.ndarray:
         """[B] query tokens of each segment."""
-        return np.diff(np.asarray(self.query_ends, dtype=np.int64), prepend=0)
+        return _lengths(self.query_ends)
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
         """[B] key tokens of each segment."""
-        return np.diff(np.asarray(self.key_ends, dtype=np.int64), prepend=0)
+        return _lengths(self.key_ends)
 
     @functools.cached_property
     def first_query(self) -> np.ndarray:
-        return np.cumsum(self.queries) - self.queries
+        return _before(self.queries)
 
     @functools.cached_property
     def first_key(self) -> np.ndarray:
-        return np.cumsum(self.keys) - self.keys
+        return _before(self.keys)
 
 
 @functools.lru_cache(maxsize=64)
