@@ -30,8 +30,8 @@ def _lengths(ends: tuple[int, ...]) -> np.ndarray:
 
 def _before(lengths: np.ndarray) -> np.ndarray:
     """The sum of the lengths before each."""
-    ends: np.ndarray = np.cumsum(lengths)
-    return ends - lengths
+    before: np.ndarray = np.cumsum(lengths) - lengths
+    return before
 
 
 @dataclass(frozen=True)
