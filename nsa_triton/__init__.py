@@ -15,14 +15,19 @@ from nsa_triton.errors import (
 )
 from nsa_triton.limits import limits
 from nsa_triton.ops.compress import nsa_compress, nsa_compress_grad
+from nsa_triton.ops.compress_attention import nsa_compress_attention, nsa_compress_attention_grad
 from nsa_triton.ops.compress_attention_infer import nsa_compress_attention_infer
 from nsa_triton.ops.compress_infer import nsa_compress_infer
+from nsa_triton.ops.select_attention import nsa_select_attention, nsa_select_attention_grad
 from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer
 from nsa_triton.vendor import (
     npu_nsa_compress,
+    npu_nsa_compress_attention,
     npu_nsa_compress_attention_infer,
     npu_nsa_compress_grad,
     npu_nsa_compress_infer,
+    npu_nsa_select_attention,
+    npu_nsa_select_attention_grad,
     npu_nsa_select_attention_infer,
 )
 
@@ -39,13 +44,20 @@ __all__ = [
     "__version__",
     "limits",
     "npu_nsa_compress",
+    "npu_nsa_compress_attention",
     "npu_nsa_compress_attention_infer",
     "npu_nsa_compress_grad",
     "npu_nsa_compress_infer",
+    "npu_nsa_select_attention",
+    "npu_nsa_select_attention_grad",
     "npu_nsa_select_attention_infer",
     "nsa_compress",
+    "nsa_compress_attention",
+    "nsa_compress_attention_grad",
     "nsa_compress_attention_infer",
     "nsa_compress_grad",
     "nsa_compress_infer",
+    "nsa_select_attention",
+    "nsa_select_attention_grad",
     "nsa_select_attention_infer",
 ]

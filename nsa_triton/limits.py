@@ -216,11 +216,68 @@ def _select_attention_infer() -> Iterator[Limit]:
     yield Limit(op, "S", "query tokens per batch (S)", Range(1), Range(1, 4))
 
 
+def _packed_attention(op: str, keys: str, max_group: int, max_batch: int) -> Iterator[Limit]:
+    """What the training attention operators ask of heads and of prefix sums; `keys` names the list of the keys."""
+    prefix = "The list holds prefix sums (s0, s0 + s1, ...), not the length of each segment"
+    yield _same(op, "N1", "head_num", Equal("query heads"), "It is query.shape[1]")
+    yield _same(op, "value heads", "value.shape[1]", Equal("N2"), "Keys and values have the same heads")
+    yield _same(op, "head_num", "head_num", Range(0, multiple_of="N2"), "Each kv head serves equally many heads")
+    yield Limit(op, "G", "head_num / key.shape[1] (G)", Range(0), Range(1, max_group))
+    yield _same(op, "key head size", "key.shape[2]", Equal("Dk"), "Queries and keys are multiplied")
+    yield Limit(op, "B", "len(actual_seq_qlen) (B)", Range(1), Range(1, max_batch))
+    yield _same(op, "actual_seq_qlen[-1]", "actual_seq_qlen[-1]", Range(0, "T1"), f"{prefix}; T1 is query.shape[0]")
+    yield _same(op, f"{keys}[-1]", f"{keys}[-1]", Range(0, "T2"), f"{prefix}; T2 is key.shape[0]")
+
+
+def _compress_attention() -> Iterator[Limit]:
+    """They also hold for the gradient."""
+    op = "nsa_compress_attention"
+    sixteens = Range(16, multiple_of=16)
+    to_128, to_64 = Range(16, 128, multiple_of=16), Range(16, 64, multiple_of=16)
+    blocks = Range("compress_block_size", multiple_of="compress_stride")
+    yield Limit(op, "dtype", "query.dtype", _DTYPE, _HALF, "Convert query, key and value with .to(dtype)")
+    yield Limit(op, "compress_block_size", "compress_block_size", sixteens, to_128)
+    yield Limit(op, "compress_stride", "compress_stride", Range(16, "compress_block_size", multiple_of=16), to_64)
+    yield Limit(op, "select_block_size", "select_block_size", blocks, to_128, "Blocks are made of whole strides")
+    yield Limit(op, "select_block_count", "select_block_count", Range(1), Range(1, 32))
+    yield Limit(op, "fewest blocks", "fewest blocks of a segment", Range(0), Range("select_block_count"))
+    yield _same(op, "num_init_blocks", "num_init_blocks", Range(0))
+    yield _same(op, "num_local_blocks", "num_local_blocks", Range(0))
+    yield _same(op, "query heads", "query.shape[1] (N1)", Range(1))
+    yield from _packed_attention(op, "actual_cmp_seq_kvlen", max_group=127, max_batch=4096)
+    yield Limit(op, "128 % G", "128 % G", Range(0), Equal(0), "CANN takes groups that divide 128")
+    yield Limit(op, "Dk", "query.shape[2] (Dk)", Range(1), Range(1, 768))
+    yield Limit(op, "Dv", "value.shape[2] (Dv)", Range(1), Range(1, "Dk"))
+    yield Limit(op, "S2", "longest segment of keys", Range(0), Range(0, 14000))
+
+
+def _select_attention() -> Iterator[Limit]:
+    """They also hold for the gradient."""
+    op = "nsa_select_attention"
+    yield Limit(op, "dtype", "query.dtype", _DTYPE, _HALF, "Convert query, key and value with .to(dtype)")
+    blocks = Range(16, multiple_of=16)
+    yield Limit(op, "select_block_size", "select_block_size", blocks, Range(16, 128, multiple_of=16))
+    yield _same(op, "select_block_count", "select_block_count", Equal("topk_indices.shape[2]"))
+    yield Limit(op, "topk_indices.shape[2]", "topk_indices.shape[2] (K)", Range(1), Range(1, 32))
+    yield _same(op, "T2", "key.shape[0] (T2)", Range(1))
+    yield from _packed_attention(op, "actual_seq_kvlen", max_group=32, max_batch=1024)
+    yield Limit(op, "query heads", "query.shape[1] (N1)", Range(0), Range(1, 128))
+    yield Limit(op, "Dk", "query.shape[2] (Dk)", Range(1), Equal(192))
+    yield Limit(op, "Dv", "value.shape[2] (Dv)", Range(1), Equal(128))
+    yield Limit(op, "S1", "longest segment of queries", Range(0), Range(1, 131072))
+    yield Limit(op, "S2", "longest segment of keys", Range(0), Range(1, 131072))
+    yield Limit(op, "least S2", "shortest segment of keys", Range(0), Range("K * select_block_size"))
+    remainder = "largest remainder of a segment of keys by select_block_size"
+    yield Limit(op, "S2 % select_block_size", remainder, Range(0), Equal(0), "CANN takes whole blocks")
+
+
 LIMITS: tuple[Limit, ...] = (
     *_COMPRESS,
     *_compress_infer(),
     *_compress_attention_infer(),
     *_select_attention_infer(),
+    *_select_attention(),
+    *_compress_attention(),
 )
 
 

@@ -61,9 +61,16 @@ def test_op_folders_never_import_one_another(file):
         assert not others
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_reference_imports_torch_only(op):
-    outside = {module.split(".")[0] for module in imports(PACKAGE / "ops" / op / "reference.py")}
+SHARED_SPECIFICATION = PACKAGE / "ops" / "_common" / "block_scores.py"
+
+
+@pytest.mark.parametrize(
+    "file", [SHARED_SPECIFICATION, *(PACKAGE / "ops" / op / "reference.py" for op in OPS)], ids=name
+)
+def test_reference_imports_torch_only(file):
+    """And the part of the specification that two ops share, which imports torch only too."""
+    shared = any_under(imports(file), "nsa_triton.ops._common.block_scores")
+    outside = {module.split(".")[0] for module in imports(file) - shared}
     assert outside <= {"torch", "math", "__future__"}
 
 

@@ -58,6 +58,15 @@ def test_paged_operators_have_the_positional_arguments_of_torch_npu():
         assert [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == positional
 
 
+def test_training_attention_over_compressed_tokens_has_the_arguments_of_torch_npu():
+    parameters = inspect.signature(nsa_triton.npu_nsa_compress_attention).parameters.values()
+    positional = ["query", "key", "value", "scale_value", "head_num", *INTEGERS, "select_block_size"]
+    keywords = ["topk_mask", "atten_mask", "actual_seq_qlen", "actual_cmp_seq_kvlen", "actual_sel_seq_kvlen"]
+    found = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert found == [*positional, "select_block_count"]
+    assert [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY][: len(keywords)] == keywords
+
+
 def test_npu_lengths_are_required_and_may_begin_with_empty_segments():
     input, weight = torch.randn(49, 2, 16), torch.randn(32, 2)
     with pytest.raises(ArgumentTypeError, match="actual_seq_len"):

@@ -80,6 +80,28 @@ FAMILIES = (
         ),
     ),
     Family(
+        "compress_attention",
+        (
+            Op(
+                "nsa_compress_attention",
+                "npu_nsa_compress_attention",
+                "attention over compressed tokens, ragged batches, and the ids of the best blocks",
+                "fp16, bf16, fp32",
+                "query, key, value",
+                "any head sizes, groups and lengths; causality and forced blocks without masks; tokens that see "
+                "nothing give 0; true overlap scores; memory that is linear in tokens",
+            ),
+            Op(
+                "nsa_compress_attention_grad",
+                "–",
+                "the three gradients of nsa_compress_attention, bit-identical on repeat",
+                "fp16, bf16, fp32",
+                "–",
+                "the same",
+            ),
+        ),
+    ),
+    Family(
         "compress_attention_infer",
         (
             Op(
@@ -90,6 +112,28 @@ FAMILIES = (
                 "–",
                 "any head sizes, groups, pages and lengths; true overlap scores; lengths on the device; keys are read "
                 "once; small batches fill all cores",
+            ),
+        ),
+    ),
+    Family(
+        "select_attention",
+        (
+            Op(
+                "nsa_select_attention",
+                "npu_nsa_select_attention",
+                "attention of packed sequences over selected blocks of keys, causal or not",
+                "fp16, bf16, fp32",
+                "query, key, value",
+                "any head sizes, groups and counts; empty segments and cut blocks; bad ids are skipped; causal without "
+                "a mask; every Ascend product, CUDA and CPU",
+            ),
+            Op(
+                "nsa_select_attention_grad",
+                "npu_nsa_select_attention_grad",
+                "the three gradients of nsa_select_attention, bit-identical on repeat",
+                "fp16, bf16, fp32",
+                "–",
+                "the same; also the gradient of full attention",
             ),
         ),
     ),

@@ -7,17 +7,23 @@ MindSpore     nsa_triton.vendor.mindspore.nsa_compress
 from nsa_triton.vendor import mindspore
 from nsa_triton.vendor.npu import (
     npu_nsa_compress,
+    npu_nsa_compress_attention,
     npu_nsa_compress_attention_infer,
     npu_nsa_compress_grad,
     npu_nsa_compress_infer,
+    npu_nsa_select_attention,
+    npu_nsa_select_attention_grad,
     npu_nsa_select_attention_infer,
 )
 
 __all__ = [
     "mindspore",
     "npu_nsa_compress",
+    "npu_nsa_compress_attention",
     "npu_nsa_compress_attention_infer",
     "npu_nsa_compress_grad",
     "npu_nsa_compress_infer",
+    "npu_nsa_select_attention",
+    "npu_nsa_select_attention_grad",
     "npu_nsa_select_attention_infer",
 ]

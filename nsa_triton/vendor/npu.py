@@ -1,7 +1,7 @@
 """The functions of torch_npu: the same names, argument order and keyword-only arguments.
 
 Unlike `nsa_compress`, and like CANN, `npu_nsa_compress` takes prefix sums with a leading 0, which is an empty first
-segment. The paged operators have nothing to translate: both spellings are one function.
+segment. The attention and the paged operators have nothing to translate: both spellings are one function.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from nsa_triton.ops.compress import library
 from nsa_triton.ops.compress.contract import check_call
+from nsa_triton.ops.compress_attention import nsa_compress_attention
 from nsa_triton.ops.compress_attention_infer import nsa_compress_attention_infer
 from nsa_triton.ops.compress_infer import nsa_compress_infer
+from nsa_triton.ops.select_attention import nsa_select_attention, nsa_select_attention_grad
 from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer
 
 if TYPE_CHECKING:
@@ -52,5 +54,8 @@ def npu_nsa_compress_grad(
 
 
 npu_nsa_compress_infer = nsa_compress_infer
+npu_nsa_compress_attention = nsa_compress_attention
 npu_nsa_compress_attention_infer = nsa_compress_attention_infer
+npu_nsa_select_attention = nsa_select_attention
+npu_nsa_select_attention_grad = nsa_select_attention_grad
 npu_nsa_select_attention_infer = nsa_select_attention_infer

@@ -399,7 +399,11 @@ def _product(instruction: Instruction, operands: Sequence[Any]) -> Any:
     return to_fractals(whole, c.shape)
 
 
+def _transposed(instruction: Instruction, operands: Sequence[Any]) -> Any:
+    return defined(operands[0]).transpose(instruction.numbers["permutation"])
+
+
 _RULES: dict[str, Rule] = {
     "vsel": _selected, "vreduce": _reduced, "nd2nz": _as_fractals, "fixpipe": _as_rows, "mmadL1": _product,
-    "varange": lambda *_: np.True_,
+    "vtranspose": _transposed, "varange": lambda *_: np.True_,
 }  # fmt: skip

@@ -46,16 +46,17 @@ class SharedMemory:
     behind reads and writes behind writes; that both together do not exceed the bandwidth is made sure of for groups of
     rounds that are left out (`Clock.rounds`) and for the whole launch (`least`).
 
-    The first use of a line of a tensor goes to the HBM, and so does every use once more was touched than fits in the
-    L2. The workspace, which is small and used again at once, stays in the L2.
+    The first use of a line of a tensor goes to the HBM, and so does one after more than fits in the L2 came from there
+    since the use before. The workspace, which is small and used again at once, stays in the L2.
     """
 
     def __init__(self, costs: Costs, *, warm: bool) -> None:
         self._costs, self._warm = costs, warm
         self._free: dict[tuple[str, str], float] = defaultdict(float)
-        self._seen: dict[str, np.ndarray] = {}
+        self._used: dict[str, np.ndarray] = {}  # of each line: `_fetched` at its last use
+        self._fresh: dict[str, float] = {}  # bytes of a tensor that were not used before
         self._patterns: dict[tuple[Any, ...], np.ndarray | slice] = {}
-        self._touched = 0.0
+        self._fetched = 0.0  # bytes that came from the HBM
         self.bytes: Counter[tuple[str, str]] = Counter()  # by level and "read" or "write"
         self.service: dict[str, float] = defaultdict(float)  # cycles, by level
 
@@ -83,16 +84,22 @@ class SharedMemory:
     def _share_of_hbm(self, view: View, weight: float) -> float:
         if view.memory.kind == "workspace":
             return 0.0
-        seen = self._seen.get(view.memory.name)
-        if seen is None:
+        name = view.memory.name
+        if name not in self._used:
             lines = len(view.memory.data) // LINE + 2
-            seen = self._seen[view.memory.name] = np.full(lines, self._warm)
-        touched = self._lines(view)
-        before = seen[touched]
-        new = before.size - int(np.count_nonzero(before))
-        seen[touched] = True
-        self._touched += new * LINE * weight
-        return 1.0 if self._touched > self._costs.l2_bytes else new / before.size
+            self._used[name] = np.full(lines, 0.0 if self._warm else -np.inf)
+            self._fresh[name] = float(lines * LINE)
+        lines_ = self._lines(view)
+        last = self._used[name][lines_].copy()
+        self._used[name][lines_] = self._fetched
+        first = int(np.count_nonzero(np.isneginf(last)))
+        gone = int(np.count_nonzero(last < self._fetched - self._costs.l2_bytes)) - first
+        # Rounds that are left out use the same lines for the first time at most once.
+        fresh = min(first * LINE * weight, self._fresh[name])
+        self._fresh[name] -= fresh
+        fetched = fresh + gone * LINE * weight
+        self._fetched += fetched
+        return fetched / (last.size * LINE * weight)
 
     def _lines(self, view: View) -> np.ndarray | slice:
         """The lines of the L2 that a view touches: a pattern, which repeats, moved to where the view begins."""

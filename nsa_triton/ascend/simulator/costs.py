@@ -352,11 +352,17 @@ def _arange(_: Instruction, operands: Sequence[Any]) -> Steps:
     return Steps({"scalar": repeats}, instructions=8 + steps, barriers=max(0, steps - 1), trips=1)
 
 
+def _transpose(_: Instruction, operands: Sequence[Any]) -> Steps:
+    """16 rows of 32 bytes at a time; one call for 16 rows, after the scalar unit has set 32 addresses."""
+    source = operands[0]
+    return Steps({"vnchwconv": -(-source.bytes // 256)}, instructions=8 * -(-_rows_and_columns(source)[0] // 16))
+
+
 def _copy(_: Instruction, operands: Sequence[Any]) -> Steps:
     return Steps({"broadcast": math.ceil(operands[0].bytes / 256)})
 
 
 _STEPS: dict[str, Callable[[Instruction, Sequence[Any]], Steps]] = {
     "vcmp": _compare, "vsel": _select, "vcast": _cast, "vreduce": _reduce, "vbrc": _broadcast, "varange": _arange,
-    "copy": _copy,
+    "copy": _copy, "vtranspose": _transpose,
 }  # fmt: skip

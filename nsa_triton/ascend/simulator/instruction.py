@@ -39,7 +39,7 @@ def decoded(op: Op, number: int) -> Instruction:
         attributes={key: _inner(value) for key, value in op.attributes.items()},
         parts=_parts(op),
         source=op.source,
-        numbers={key: op.numbers(key) for key in ("broadcast", "transpose", "reduce_dims") if key in op.attributes},
+        numbers={key: op.numbers(key) for key in ("broadcast", "transpose", "reduce_dims", "permutation") if key in op.attributes},
     )
 
 

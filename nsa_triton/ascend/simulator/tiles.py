@@ -64,6 +64,10 @@ def lengthened(instruction: Instruction, operands: Operands) -> View:
     return View(target.memory, "i1", target.offset, (min(-(-target.size // step) * step, most),))
 
 
+def transpose(instruction: Instruction, operands: Operands) -> None:
+    operands[1].write(operands[0].read().transpose(instruction.numbers["permutation"]))
+
+
 def convert(instruction: Instruction, operands: Operands) -> None:
     source, target = values(operands[instruction.parts[0]])[0], operands[instruction.parts[1]][0]
     is_written_so = target.dtype in ("i1", "bf16")  # View.write converts
@@ -203,7 +207,7 @@ def product(instruction: Instruction, operands: Operands) -> None:
 MEANING: dict[str, Meaning] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     "vcmp": compare, "vcast": convert, "vreduce": reduce, "varange": arange,
-    "load": load, "store": store, "nd2nz": to_l1, "fixpipe": from_l0c, "mmadL1": product,
+    "vtranspose": transpose, "load": load, "store": store, "nd2nz": to_l1, "fixpipe": from_l0c, "mmadL1": product,
 }  # fmt: skip
 # Attributes that change a meaning in ways that no kernel here has needed.
 _UNMODELLED: dict[str, Callable[[Instruction], bool]] = {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
+from nsa_triton.ops._common.block_scores import IMPORTANCES
 
 
 class Meta(NamedTuple):
@@ -47,6 +48,13 @@ def check_scale(argument: str, value: Any) -> None:
         is_finite = False
     if not is_finite:
         raise ArgumentValueError(argument, "a finite number", value)
+
+
+def check_importance(importance: Any) -> None:
+    if not isinstance(importance, str):
+        raise ArgumentTypeError("importance", f"one of {', '.join(IMPORTANCES)}", type(importance).__name__)
+    if importance not in IMPORTANCES:
+        raise ArgumentValueError("importance", f"one of {', '.join(IMPORTANCES)}", repr(importance))
 
 
 def check_rank(argument: str, meta: Meta, dimensions: str) -> None:

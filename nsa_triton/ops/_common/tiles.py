@@ -59,12 +59,18 @@ class Ragged:
     def first_key(self) -> np.ndarray:
         return _before(self.keys)
 
+    def fills(self, queries: int, keys: int) -> bool:
+        """Whether each of that many rows of queries meets keys of its segment, and the other way round."""
+        both = ((self.queries > 0) == (self.keys > 0)).all()
+        return bool(both) and (self.query_ends[-1], self.key_ends[-1]) == (queries, keys)
+
 
 @functools.lru_cache(maxsize=64)
-def query_tiles(ragged: Ragged, per_tile: int, device: torch.device) -> Tensor:
+def query_tiles(ragged: Ragged, per_tile: int, device: torch.device, *, with_keys: bool = False) -> Tensor:
     """[tiles, 6] of each tile of `per_tile` query tokens: first row of q; first token, counted within its segment, and
-    tokens of the tile; query tokens of the segment; first row of k and key tokens of the segment."""
-    segment, first = split(ragged.queries, per_tile)
+    tokens of the tile; query tokens of the segment; first row of k and key tokens of the segment. `with_keys` leaves
+    out segments that have no keys."""
+    segment, first = split(np.where(ragged.keys > 0, ragged.queries, 0) if with_keys else ragged.queries, per_tile)
     columns = (
         ragged.first_query[segment] + first,
         first,
@@ -76,8 +82,8 @@ def query_tiles(ragged: Ragged, per_tile: int, device: torch.device) -> Tensor:
     return table(columns, device)
 
 
-@functools.lru_cache(maxsize=64)
-def key_tiles(ragged: Ragged, per_tile: int, device: torch.device) -> Tensor:
+def key_tiles(ragged: Ragged, per_tile: int, device: torch.device, *, with_queries: bool = False) -> Tensor:
     """[tiles, 6] of each tile of `per_tile` key tokens: first row of k; first token, counted within its segment, and
-    tokens of the tile; key tokens of the segment; first row of q and query tokens of the segment."""
-    return query_tiles(Ragged(ragged.key_ends, ragged.query_ends), per_tile, device)
+    tokens of the tile; key tokens of the segment; first row of q and query tokens of the segment. `with_queries` leaves
+    out segments that have no queries."""
+    return query_tiles(Ragged(ragged.key_ends, ragged.query_ends), per_tile, device, with_keys=with_queries)

@@ -182,24 +182,3 @@ def compress_bwd_dw(
                 b_acc += b_xk.to(tl.float32) * b_gk.to(tl.float32)
         p_partial = partial + (i_split * n_blocks + i_d // BD) * L * N + i_n
         tl.store(p_partial + o_l * N, tl.sum(b_acc, axis=1), mask=o_l < L)
-
-
-@triton.jit(do_not_specialize=["n_parts"])
-def compress_bwd_dw_sum(
-    partial,  # [n_parts, size] float32
-    dw,  # [size], the flattened [L, N]
-    n_parts,
-    size,
-    BP: tl.constexpr,  # parts per step
-    BE: tl.constexpr,  # elements per item
-):
-    """Second stage of dw: the parts are added in a fixed order."""
-    o_p = tl.arange(0, BP)
-    o_e = tl.arange(0, BE)
-    for i_e in range(tl.program_id(0) * BE, size, tl.num_programs(0) * BE):
-        b_acc = tl.zeros([BP, BE], tl.float32)
-        for i_p in range(0, n_parts, BP):
-            m_part = (o_p < n_parts - i_p)[:, None] & (o_e < size - i_e)[None, :]
-            p_part = partial + i_p * size + i_e
-            b_acc += tl.load(p_part + o_p[:, None] * size + o_e[None, :], mask=m_part, other=0.0)
-        tl.store(dw + i_e + o_e, tl.sum(b_acc, axis=0).to(dw.dtype.element_ty), mask=o_e < size - i_e)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.kernels import sum_parts
 from nsa_triton.ops._common.tiles import split, table
 from nsa_triton.ops._common.weights import head_major
 from nsa_triton.ops.compress import kernels
@@ -28,7 +29,7 @@ TILES = {
     "compress_fwd": ("BT", "BD"),
     "compress_bwd_dx": ("BT", "BD"),
     "compress_bwd_dw": ("BT", "BD"),
-    "compress_bwd_dw_sum": ("BP", "BE"),
+    "sum_parts": ("BP", "BE"),
 }
 # Stage one of the weight gradient is cut into about this many sums: enough for the cores of every known chip. A
 # constant, because the order of summation, and with it every bit of the result, must not depend on cores or threads.
@@ -179,10 +180,10 @@ def plan_weight_grad(plan: Plan, g: Tensor, x: Tensor, dw: Tensor) -> tuple[Laun
     constexprs = {**tile, "BW": plan.target.tile(per_tile), "BD": wide}
     stage_one = plan.launch(kernels.compress_bwd_dw, items, arguments, constexprs, config)
 
-    config = plan.config("compress_bwd_dw_sum")
-    arguments = {"partial": partial, "dw": dw, "n_parts": len(partial), "size": dw.numel()}
+    config = plan.config("sum_parts")
+    arguments = {"parts": partial, "out": dw, "n_parts": len(partial), "size": dw.numel()}
     items = -(-dw.numel() // config.tiles["BE"])
-    return stage_one, plan.launch(kernels.compress_bwd_dw_sum, items, arguments, dict(config.tiles), config)
+    return stage_one, plan.launch(sum_parts, items, arguments, dict(config.tiles), config)
 
 
 def with_dense_columns(tensor: Tensor) -> Tensor:

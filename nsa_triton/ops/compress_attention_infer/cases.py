@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common import block_scores
 from nsa_triton.ops._common.cases import CheckCase, CompileCase, Convert
 from nsa_triton.ops.compress_attention_infer import reference
 from nsa_triton.ops.compress_attention_infer.api import nsa_compress_attention_infer
@@ -122,13 +123,9 @@ def _check(case: Check, device: torch.device) -> CheckCase:
 
 
 def scores_at(ids: Tensor, scores: list[Tensor]) -> Tensor:
-    """The scores [T, N2, K] of ids [T, N2, K], where batches have equally many query tokens; -1 for no block."""
-    found = []
-    for own, known in zip(ids.long().chunk(len(scores)), scores, strict=True):
-        exists = (own >= 0) & (own < known.shape[-1])
-        padded = torch.nn.functional.pad(known, (0, 1), value=-1.0)
-        found.append(padded.gather(-1, torch.where(exists, own, known.shape[-1])))
-    return torch.cat(found)
+    """The scores [T, N2, K] of ids [T, N2, K], where batches have equally many query tokens."""
+    owned = ids.chunk(len(scores))
+    return torch.cat([block_scores.scores_at(own, known) for own, known in zip(owned, scores, strict=True)])
 
 
 def _int32(values: list[int] | tuple[int, ...], device: torch.device) -> Tensor:

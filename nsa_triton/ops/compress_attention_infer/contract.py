@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
+from nsa_triton.errors import ArgumentValueError
 from nsa_triton.limits import check
 from nsa_triton.ops._common import arguments, paged_contract, pages
-from nsa_triton.ops._common.arguments import Meta
+from nsa_triton.ops._common.arguments import Meta, check_importance
 from nsa_triton.ops._common.implementation import check_impl
 from nsa_triton.ops._common.lengths import check_batch_lengths, host_ints, on_device
 from nsa_triton.ops._common.queries import check_layout, refuse_bad_rows
 
 OP = "nsa_compress_attention_infer"
 LAYOUTS = ("TND", "BSND")
-IMPORTANCES = ("cann", "overlap")
 QLEN, CMP_LEN, RAW_LEN = "actual_seq_qlen", "actual_cmp_seq_kvlen", "actual_sel_seq_kvlen"
 SIZES = ("select_block_size", "select_block_count", "page_block_size", "compress_block_size", "compress_stride")
 
@@ -42,13 +41,6 @@ def check_types(**call: Any) -> None:
     check_impl(call["impl"])
     if call["key_value_head_num"] < 1:  # what follows divides by it
         raise ArgumentValueError("key_value_head_num", "at least 1", call["key_value_head_num"])
-
-
-def check_importance(importance: Any) -> None:
-    if not isinstance(importance, str):
-        raise ArgumentTypeError("importance", f"one of {', '.join(IMPORTANCES)}", type(importance).__name__)
-    if importance not in IMPORTANCES:
-        raise ArgumentValueError("importance", f"one of {', '.join(IMPORTANCES)}", repr(importance))
 
 
 def check_host_lengths(

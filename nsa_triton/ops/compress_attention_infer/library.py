@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from nsa_triton.limits import mode_in_force
+from nsa_triton.ops._common.arguments import check_importance
 from nsa_triton.ops._common.implementation import launcher, run
 from nsa_triton.ops._common.registration import register
 from nsa_triton.ops.compress_attention_infer import reference
-from nsa_triton.ops.compress_attention_infer.contract import check_call, check_importance, refuse_bad_indices
+from nsa_triton.ops.compress_attention_infer.contract import check_call, refuse_bad_indices
 from nsa_triton.settings import settings
 
 OutputAndIds = tuple[Tensor, Tensor]

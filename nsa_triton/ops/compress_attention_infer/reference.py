@@ -10,13 +10,11 @@ i = 0 .. n - 1 of its batch, n = lengths[b]. For head h, whose kv head is h // G
 Where raw_lengths is given, the query tokens are the last of raw_lengths[b] raw tokens, and the last compressed token is
 hidden from those that come before the end of its window. Where everything is hidden, P and the output are 0.
 
-A selection block is M = l' / d strides long, a window NN = l / d. Block j gathers what falls on it:
+Block j of a head has the importance imp[h, j] that block_scores.py gives P[h, :]. A kv head adds up its group:
 
-    imp[h, j]   = sum over u = 0 .. M + NN - 2 of  min(u + 1, NN, M + NN - 1 - u) * P[M * (j + 1) - u - shift]
     score[n, j] = sum over the heads h of kv head n of  imp[h, j]
 
-with P = 0 outside of the sequence. shift is 0 for importance "cann" and 1 for "overlap", where block j gathers the
-windows that truly overlap it. The candidates are the nb blocks that the windows touch; the ids of kv head n are
+The candidates are the nb blocks that the windows touch; the ids of kv head n are
 
     0, nb - 2, nb - 1, then the other blocks by descending score[n, :], equal ones by ascending number, then -1
 
@@ -31,6 +29,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from nsa_triton.ops._common import block_scores
 
 
 def forward(
@@ -120,8 +120,7 @@ def _batches(
         weights = probabilities(query[mine.start : mine.stop].to(precision), keys, scale, hidden)
         output = torch.einsum("thgn,nhd->thgd", weights.to(value.dtype).to(precision), values)
         blocks = candidates(n, block, stride, select)
-        shift = int(importance == "overlap")
-        imp = block_importance(weights, blocks, select // stride, block // stride, shift)
+        imp = block_scores.block_importance(weights, blocks, select // stride, block // stride, importance)
         found.append((slice(mine.start, mine.stop), output.flatten(1, 2), imp.sum(2)))
     return found
 
@@ -147,26 +146,8 @@ def probabilities(query: Tensor, keys: Tensor, scale: float, hidden: Tensor) -> 
     return terms / total.masked_fill(total == 0, 1.0)
 
 
-def block_importance(weights: Tensor, blocks: int, strides: int, reach: int, shift: int) -> Tensor:
-    """imp [..., blocks] of P [..., n], where a selection block is `strides` and a window `reach` strides long."""
-    n = weights.shape[-1]
-    imp = weights.new_zeros((*weights.shape[:-1], blocks))
-    for u in range(strides + reach - 1):
-        place = strides * torch.arange(1, blocks + 1, device=weights.device) - u - shift
-        exists = (place >= 0) & (place < n)
-        gathered = weights[..., place.clamp(0, n - 1)] if n else imp
-        imp = imp + min(u + 1, reach, strides + reach - 1 - u) * gathered.masked_fill(~exists, 0.0)
-    return imp
-
-
 def best_blocks(scores: Tensor, count: int) -> Tensor:
     """The ids [..., count] of scores [..., nb]: forced blocks, then the best, then -1."""
     blocks = scores.shape[-1]
-    ranked = scores.masked_fill(scores.isnan(), 0.0)
-    for forced in {0, blocks - 2, blocks - 1}:
-        if 0 <= forced < blocks:
-            ranked[..., forced] = torch.inf
-    ids = torch.full((*scores.shape[:-1], count), -1, dtype=torch.int32, device=scores.device)
-    chosen = min(count, blocks)
-    ids[..., :chosen] = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :chosen].int()
-    return ids
+    numbers = torch.arange(blocks, device=scores.device)
+    return block_scores.best_blocks(scores, (numbers == 0) | (numbers >= blocks - 2), count)

@@ -22,7 +22,13 @@ from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 
 CPU = torch.device("cpu")
 # The case of each op that is run by default; `-m slow` runs all of them.
-USUAL = {"compress": 6, "compress_infer": 2, "compress_attention_infer": 2, "select_attention_infer": 2}
+USUAL = {
+    "compress": 6,
+    "compress_infer": 2,
+    "compress_attention": 6,
+    "compress_attention_infer": 2,
+    "select_attention_infer": 2,
+}
 versions = pytest.mark.parametrize("compiler", compilers(), ids=lambda compiler: compiler.version)
 
 

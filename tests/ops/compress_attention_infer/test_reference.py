@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nsa_triton.ops._common.block_scores import block_importance
 from nsa_triton.ops.compress_attention_infer import nsa_compress_attention_infer, reference
 from tests.ops.compress.cases import assert_cann_close
 from tests.ops.compress_attention_infer.cases import (
@@ -52,22 +53,20 @@ def test_reference_is_the_naive_formula(window, block, importance):
 def test_importance_counts_each_token_as_often_as_the_double_sum(window, block, importance):
     n, (length, stride) = 23, window
     blocks = reference.candidates(n, length, stride, block)
-    counts = reference.block_importance(
-        torch.eye(n), blocks, block // stride, length // stride, int(importance == "overlap")
-    )
+    counts = block_importance(torch.eye(n), blocks, block // stride, length // stride, importance)
     expected = [[multiplicity(length, stride, block, j, x, importance) for j in range(blocks)] for x in range(n)]
     assert counts.tolist() == expected
 
 
 def test_multiplicities_that_the_specification_prints():
     def counts(strides, reach, j):
-        columns = reference.block_importance(torch.eye(40), 8, strides, reach, 0)[:, j]
+        columns = block_importance(torch.eye(40), 8, strides, reach, "cann")[:, j]
         return {x: int(count) for x, count in enumerate(columns) if count}
 
     assert counts(4, 2, 3) == {16: 1, 15: 2, 14: 2, 13: 2, 12: 1}
     assert counts(2, 1, 3) == {7: 1, 8: 1}
     assert counts(1, 1, 3) == {4: 1}
-    assert not reference.block_importance(torch.eye(40), 8, 3, 1, 0)[0].any()  # NN = 1: P[0] is never counted
+    assert not block_importance(torch.eye(40), 8, 3, 1, "cann")[0].any()  # NN = 1: P[0] is never counted
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,0 +1,411 @@
+"""Plans and runs the launches of nsa_compress_attention and its gradient.
+
+Forward: attention, which leaves the log-sum-exp of each row; then, for so many query tokens at a time that the
+scores of their blocks take little memory, the scores and the best blocks. Backward: what the softmax needs of each row,
+dq, then dk and dv, in parts where tiles of keys are too few for the cores.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_triton.ops._common.kernels import sum_parts
+from nsa_triton.ops._common.tiles import Ragged, key_tiles, query_tiles
+from nsa_triton.ops.compress_attention import kernels
+from nsa_triton.runtime.configs import Config, lookup
+from nsa_triton.runtime.launch import Launch
+from nsa_triton.runtime.target import Target, target_of
+
+OP = "compress_attention"
+FWD, SCORES, CHOOSE, TERMS, DQ, DKV, SUM = (
+    "compress_attention_fwd", "compress_attention_scores", "compress_attention_choose", "compress_attention_terms",
+    "compress_attention_bwd_dq", "compress_attention_bwd_dkv", "sum_parts",
+)  # fmt: skip
+# BQ query tokens and BN compressed tokens per tile, BE where some rows do not see all of them; BR query tokens and BC
+# blocks that are looked at at once.
+TILES = {
+    FWD: ("BQ", "BN", "BE"),
+    SCORES: ("BQ", "BN"),
+    CHOOSE: ("BR", "BC"),
+    TERMS: ("BQ",),
+    DQ: ("BQ", "BN"),
+    DKV: ("BQ", "BN"),
+    SUM: ("BP", "BE"),
+}
+STATE = 8  # copies of a row's maximum and of its sum
+CHUNK = 6144  # rows (query tokens times kv heads) whose block scores are in memory at a time
+# Tiles of keys times parts are about this many at least: enough for the cores of every known chip. A constant, because
+# the order of summation, and with it every bit of the result, must not depend on cores or threads.
+PARTS = 128
+LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Windows and selection blocks, in raw tokens."""
+
+    block: int  # l, of a compression window
+    stride: int  # d, between windows
+    select: int  # l', of a selection block
+    shift: int  # 0 for CANN's scores, 1 for true overlap
+
+    @property
+    def strides(self) -> int:
+        """M, strides per selection block."""
+        return self.select // self.stride
+
+    @property
+    def reach(self) -> int:
+        """NN, strides per window."""
+        return self.block // self.stride
+
+    def count(self, distance: int) -> int:
+        """How often a token counts for a block whose last token is `distance` tokens behind it."""
+        u = distance - self.shift
+        return max(0, min(u + 1, self.reach, self.strides + self.reach - 1 - u)) if u >= 0 else 0
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], ...]:
+        """[3, M] how often the tokens of a block count for it, for the next block, and for the one before."""
+        strides = self.strides
+        return tuple(
+            tuple(self.count(strides * (1 + block) - token) for token in range(strides)) for block in (0, 1, -1)
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def fold_matrix(geometry: Geometry, planes: tuple[int, ...], rows: int, tokens: int, device: torch.device) -> Tensor:
+    """[rows, tokens] float32: in the row of block j and plane p, `geometry.counts[p]` at the tokens of the block."""
+    strides = geometry.strides
+    fold = torch.zeros(rows, tokens)
+    counts = torch.tensor([geometry.counts[plane] for plane in planes], dtype=torch.float32)
+    for block in range(tokens // strides):
+        fold[block * len(planes) : (block + 1) * len(planes), block * strides : (block + 1) * strides] = counts
+    return fold.to(device)
+
+
+class Plan:
+    """What the launches of one call share: target, batch, shapes, masks."""
+
+    def __init__(
+        self,
+        target: Target,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        ragged: Ragged,
+        block: int,
+        stride: int,
+        causal: bool,
+    ) -> None:
+        self.target, self.ragged, self.mask = target, ragged, mask
+        self.dtype, self.device = query.dtype, query.device
+        self.tokens, self.heads, self.key_dim = query.shape
+        self.compressed, self.kv_heads, self.value_dim = value.shape
+        self.group = self.heads // self.kv_heads
+        of_mask = 0 if mask is None else mask.stride(0)
+        self._strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2], of_mask)
+        self._windows = {"L": block, "D": stride, "CAUSAL": causal}
+
+    def config(self, kernel: str, **more: Any) -> Config:
+        key = {
+            "itemsize": self.dtype.itemsize,
+            "head_dim": max(self.key_dim, self.value_dim),
+            "value_dim": self.value_dim,
+            "masked": self.mask is not None,
+            **more,
+        }
+        return lookup(OP, kernel, self.target, key, self.tokens, TILES[kernel])
+
+    def dot_tile(self, size: int) -> int:
+        """A side of a matrix product: exact on Ascend, at least 16 and a power of two elsewhere."""
+        return size if self.target.is_ascend_code else max(16, self.target.tile(size))
+
+    @property
+    def strides(self) -> dict[str, int]:
+        return dict(zip(("q_t", "q_h", "k_t", "k_n", "v_t", "v_n", "m_t"), self._strides, strict=True))
+
+    def masked(self, otherwise: Tensor) -> Tensor:
+        return otherwise if self.mask is None else self.mask
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        return {**self._windows, "HIDES": self.mask is not None}
+
+    @property
+    def head_tiles(self) -> dict[str, int]:
+        """The head sizes, and the tiles that hold them."""
+        return {
+            "DK": self.key_dim,
+            "DV": self.value_dim,
+            "BK": self.dot_tile(self.key_dim),
+            "BV": self.dot_tile(self.value_dim),
+        }
+
+    def launch(
+        self,
+        kernel: Any,
+        items: int,
+        arguments: dict[str, Any],
+        constexprs: dict[str, Any],
+        config: Config,
+        *,
+        uses_cube: bool = True,
+    ) -> Launch:
+        programs = self.target.programs(items, uses_cube=uses_cube)
+        return Launch(kernel, programs, arguments, constexprs, config.options.get(self.target.kind, {}))
+
+
+def plan_attention(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    out: Tensor,
+    softmax_max: Tensor,
+    softmax_sum: Tensor,
+    lse: Tensor,
+) -> Launch:
+    config = plan.config(FWD)
+    tiles = query_tiles(plan.ragged, config.tiles["BQ"], plan.device)
+    items = len(tiles) * plan.heads
+    arguments = {
+        "q": query, "k": key, "v": value, "mask": plan.masked(tiles), "tiles": tiles, "o": out, "o_max": softmax_max,
+        "o_sum": softmax_sum, "lse": lse, "scale": scale, "n_items": items, "N1": plan.heads, "T": plan.tokens,
+        **plan.strides,
+    }  # fmt: skip
+    constexprs = {"G": plan.group, **plan.windows, "W": STATE, **config.tiles, **plan.head_tiles}
+    return plan.launch(kernels.compress_attention_fwd, items, arguments, constexprs, config)
+
+
+def plan_blocks(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    lse: Tensor,
+    geometry: Geometry,
+    forced: Tensor | None,
+    num_init: int,
+    num_local: int,
+    ids: Tensor,
+) -> Iterator[Launch]:
+    """Scores and best blocks, for one chunk of query tokens after the other, in the same memory."""
+    config, choose = plan.config(SCORES), plan.config(CHOOSE, count=ids.shape[2])
+    strides, queries = geometry.strides, config.tiles["BQ"]
+    blocks = max(1, config.tiles["BN"] // strides)
+    planes = tuple(plane for plane, counts in enumerate(geometry.counts) if plane == 0 or any(counts))
+    tokens, rows = plan.dot_tile(blocks * strides), plan.dot_tile(blocks * len(planes))
+    most = int(plan.ragged.keys.max(initial=0))  # compressed tokens of a segment
+    tiles = query_tiles(plan.ragged, queries, plan.device)
+    chunk = max(1, min(len(tiles), CHUNK // (queries * plan.kv_heads)))
+    n_rows = max(1, -(-most // (blocks * strides))) * blocks * len(planes)
+    sums = torch.empty((chunk * plan.kv_heads, n_rows, queries), dtype=torch.float32, device=plan.device)
+    fold = fold_matrix(geometry, planes, rows, tokens, plan.device)
+    step = {"STEP": blocks * strides}
+    constexprs = {
+        "G": plan.group, **plan.windows, "BQ": queries, "BN": tokens, **step, "ROWS": blocks * len(planes),
+        "BF": rows, "DK": plan.key_dim, "BK": plan.dot_tile(plan.key_dim),
+    }  # fmt: skip
+    at_once = min(choose.tiles["BR"], queries)
+    choices = {
+        "L": plan.windows["L"], "D": plan.windows["D"], "M": strides, "BLOCK": geometry.select,
+        "CAUSAL": plan.windows["CAUSAL"], "FORCES": forced is not None, "INIT": num_init, "LOCAL": num_local,
+        "NEXT": 1 in planes, "BEFORE": 2 in planes, "K": ids.shape[2], **step, "BQ": queries, "BR": at_once,
+        "BC": choose.tiles["BC"], "CHUNKED": -(-most // strides) > choose.tiles["BC"],
+        "BP": plan.target.tile(ids.shape[2]),
+    }  # fmt: skip
+    for first in range(0, len(tiles), chunk):
+        items = min(chunk, len(tiles) - first) * plan.kv_heads
+        now = {"n_items": items, "i_first": first, "n_rows": n_rows}
+        arguments = {
+            "q": query, "k": key, "mask": plan.masked(tiles), "lse": lse, "fold": fold, "tiles": tiles,
+            "sums": sums, "scale": scale, **now, "N1": plan.heads, "N2": plan.kv_heads, "T": plan.tokens,
+            **{name: plan.strides[name] for name in ("q_t", "q_h", "k_t", "k_n", "m_t")},
+        }  # fmt: skip
+        yield plan.launch(kernels.compress_attention_scores, items, arguments, constexprs, config)
+        arguments = {
+            "sums": sums, "forced": tiles if forced is None else forced, "tiles": tiles, "ids": ids, **now,
+            "N2": plan.kv_heads, "t_t": 0 if forced is None else forced.stride(0),
+        }  # fmt: skip
+        parts = items * (queries // at_once)
+        yield plan.launch(kernels.compress_attention_choose, parts, arguments, choices, choose, uses_cube=False)
+
+
+def plan_terms(
+    plan: Plan, grad: Tensor, out: Tensor, softmax_max: Tensor, softmax_sum: Tensor, lse: Tensor, delta: Tensor
+) -> Launch:
+    config = plan.config(TERMS)
+    tiles = query_tiles(plan.ragged, config.tiles["BQ"], plan.device)
+    items = len(tiles) * plan.heads
+    arguments = {
+        "g": grad, "o": out, "o_max": softmax_max, "o_sum": softmax_sum, "tiles": tiles, "lse": lse, "delta": delta,
+        "n_items": items, "N1": plan.heads, "T": plan.tokens, "g_t": grad.stride(0), "g_h": grad.stride(1),
+        "o_t": out.stride(0), "o_h": out.stride(1),
+    }  # fmt: skip
+    constexprs = {"W": STATE, **config.tiles, "DV": plan.value_dim, "BV": plan.target.tile(plan.value_dim)}
+    return plan.launch(kernels.compress_attention_terms, items, arguments, constexprs, config, uses_cube=False)
+
+
+def plan_query_grad(plan: Plan, given: dict[str, Tensor], scale: float, dq: Tensor) -> Launch:
+    config = plan.config(DQ)
+    tiles = query_tiles(plan.ragged, config.tiles["BQ"], plan.device, with_keys=True)
+    items = len(tiles) * plan.heads
+    strides = {"g_t": given["g"].stride(0), "g_h": given["g"].stride(1)}
+    arguments = {
+        **given, "mask": plan.masked(tiles), "tiles": tiles, "dq": dq, "scale": scale, "n_items": items,
+        "N1": plan.heads, "T": plan.tokens, **strides, **plan.strides,
+    }  # fmt: skip
+    constexprs = {"G": plan.group, **plan.windows, **config.tiles, **plan.head_tiles}
+    return plan.launch(kernels.compress_attention_bwd_dq, items, arguments, constexprs, config)
+
+
+def plan_key_grads(plan: Plan, given: dict[str, Tensor], scale: float, dk: Tensor, dv: Tensor) -> Iterator[Launch]:
+    config = plan.config(DKV)
+    tiles = key_tiles(plan.ragged, config.tiles["BN"], plan.device, with_queries=True)
+    items = len(tiles) * plan.kv_heads
+    steps = -(-int(plan.ragged.queries.max(initial=0)) // config.tiles["BQ"]) * plan.group
+    splits = max(1, min(steps, PARTS // max(1, items)))
+    grads, rows = (dk, dv), plan.ragged.key_ends[-1]
+    parts = [dk, dv]
+    if splits > 1:
+        # Zeros, because no kernel comes to segments without queries.
+        parts = [
+            torch.zeros((splits, rows, *grad.shape[1:]), dtype=torch.float32, device=plan.device) for grad in grads
+        ]
+    strides = {"g_t": given["g"].stride(0), "g_h": given["g"].stride(1)}
+    arguments = {
+        **given, "mask": plan.masked(tiles), "tiles": tiles, "dk": parts[0], "dv": parts[1], "scale": scale,
+        "n_items": items * splits, "n_splits": splits, "N2": plan.kv_heads, "T": plan.tokens, "S": rows,
+        **strides, **plan.strides,
+    }  # fmt: skip
+    constexprs = {"G": plan.group, **plan.windows, **config.tiles, **plan.head_tiles}
+    yield plan.launch(kernels.compress_attention_bwd_dkv, items * splits, arguments, constexprs, config)
+    if splits > 1:
+        config = plan.config(SUM)
+        for part, grad in zip(parts, grads, strict=True):
+            size = part[0].numel()
+            arguments = {"parts": part, "out": grad, "n_parts": splits, "size": size}
+            items = -(-size // config.tiles["BE"])
+            yield plan.launch(sum_parts, items, arguments, dict(config.tiles), config, uses_cube=False)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    atten_mask: Tensor | None,
+    topk_mask: Tensor | None,
+    query_ends: tuple[int, ...],
+    key_ends: tuple[int, ...],
+    scale: float,
+    compress_block_size: int,
+    compress_stride: int,
+    select_block_size: int,
+    select_block_count: int,
+    causal: bool,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    importance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [T, N1, DV], ids [T, N2, K], maxima and sums [T, N1, 8]; the arguments are those of the operator."""
+    target = target_of(query.device)
+    ragged = Ragged(query_ends, key_ends)
+    plan = Plan(target, query, key, value, atten_mask, ragged, compress_block_size, compress_stride, causal)
+    geometry = Geometry(compress_block_size, compress_stride, select_block_size, int(importance == "overlap"))
+    out = query.new_empty((plan.tokens, plan.heads, plan.value_dim))
+    ids = query.new_empty((plan.tokens, plan.kv_heads, select_block_count), dtype=torch.int32)
+    softmax_max, softmax_sum = (
+        query.new_empty((plan.tokens, plan.heads, STATE), dtype=torch.float32) for _ in range(2)
+    )
+    lse = query.new_empty((plan.heads, plan.tokens), dtype=torch.float32)
+    # The kernels do not come to rows that are no segment's.
+    end = query_ends[-1]
+    out[end:], ids[end:], softmax_max[end:], softmax_sum[end:] = 0, -1, LOWEST, 0
+    plan_attention(plan, query, key, value, scale, out, softmax_max, softmax_sum, lse).run(target, query.device)
+    forced = (topk_mask, num_init_blocks, num_local_blocks)
+    for launch in plan_blocks(plan, query, key, scale, lse, geometry, *forced, ids):
+        launch.run(target, query.device)
+    return out, ids, softmax_max, softmax_sum
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_out: Tensor,
+    softmax_max: Tensor,
+    softmax_sum: Tensor,
+    atten_mask: Tensor | None,
+    query_ends: tuple[int, ...],
+    key_ends: tuple[int, ...],
+    scale: float,
+    compress_block_size: int,
+    compress_stride: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, shaped like them; the arguments are those of the operator."""
+    target = target_of(query.device)
+    ragged = Ragged(query_ends, key_ends)
+    plan = Plan(target, query, key, value, atten_mask, ragged, compress_block_size, compress_stride, causal)
+    # The kernels do not come to rows that are no segment's, nor to segments without queries or without keys.
+    new = torch.empty_like if ragged.fills(plan.tokens, plan.compressed) else torch.zeros_like
+    dq, dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    lse, delta = query.new_empty((2, plan.heads, plan.tokens), dtype=torch.float32)
+    plan_terms(plan, grad, attention_out, softmax_max, softmax_sum, lse, delta).run(target, query.device)
+    given = {"q": query, "k": key, "v": value, "g": grad, "lse": lse, "delta": delta}
+    plan_query_grad(plan, given, scale, dq).run(target, query.device)
+    for launch in plan_key_grads(plan, given, scale, dk, dv):
+        launch.run(target, query.device)
+    return dq, dk, dv
+
+
+def compile_plans(
+    target: Target,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    compress_block_size: int,
+    compress_stride: int,
+    block: int,
+    count: int,
+    causal: bool,
+    masked: bool,
+    tokens: int = 4096,
+) -> list[Launch]:
+    """Every launch of the op for one shape, on meta tensors: what `nsa-triton compile` gives to the Ascend compiler."""
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    windows = (tokens - compress_block_size) // compress_stride + 1
+    query, key = meta(tokens, heads, key_dim), meta(windows, kv_heads, key_dim)
+    value, out = meta(windows, kv_heads, value_dim), meta(tokens, heads, value_dim)
+    state, term = meta(tokens, heads, STATE, dtype=torch.float32), meta(heads, tokens, dtype=torch.float32)
+    ids = meta(tokens, kv_heads, count, dtype=torch.int32)
+    mask = meta(tokens, windows, dtype=torch.uint8) if masked else None
+    forced = meta(tokens, windows, dtype=torch.uint8) if masked else None
+    plan = Plan(
+        target, query, key, value, mask, Ragged((tokens,), (windows,)), compress_block_size, compress_stride, causal
+    )
+    geometry = Geometry(compress_block_size, compress_stride, block, 0)
+    given = {"q": query, "k": key, "v": value, "g": out, "lse": term, "delta": term}
+    num_forced = 0 if masked else 1
+    return [
+        plan_attention(plan, query, key, value, 1.0, out, state, state, term),
+        *list(plan_blocks(plan, query, key, 1.0, term, geometry, forced, num_forced, num_forced, ids))[:2],
+        plan_terms(plan, out, out, state, state, term, term),
+        plan_query_grad(plan, given, 1.0, query),
+        *plan_key_grads(plan, given, 1.0, key, value),
+    ]

@@ -1,0 +1,657 @@
+"""Kernels of nsa_select_attention: attention of every query token over the blocks of keys that it chose, and gradients.
+
+    s[r, i] = scale q[r, :] k[i, :]        over the tokens i of the chosen blocks b, each chosen c[r, b] times
+    p[r, i] = c[r, b] exp(s[r, i] - lse[r]),      out[r, :] = sum_i p[r, i] v[i, :]
+    ds[r, i] = p[r, i] (g[r, :] v[i, :] - delta[r]),     delta[r] = sum_d g[r, d] out[r, d]
+    dq[r, :] = scale sum_i ds[r, i] k[i, :]
+    dk[i, :] = scale sum_r ds[r, i] q[r, :],      dv[i, :] = sum_r p[r, i] g[r, :]
+
+Names: T rows of q, N1 query heads and N2 kv heads, G = N1 / N2 heads in the group of one kv head, K ids per token, L
+tokens per block. A tile is PACK adjacent tokens of one segment times BH heads of a group: its rows r. Its entries are
+the E = PACK * K ids of its tokens. They often name the same blocks, so a first kernel makes their *union*; every block
+of it is loaded once for all rows of the tile, and rows that did not choose it do not see it. A block that is too long
+for a tile is cut into pieces of CUT tokens.
+
+q, g, out and what belongs to their rows lie in *row order*: [T, N2, G], or [N2, T, G] if a tile has several tokens,
+so that its rows are neighbours. The row of the first head of kv head n and token t is n r_n + t r_t.
+
+dk and dv need the inverse: for every block the tiles whose union holds it. Their numbers are counted, places in one
+long list are given out, and the list is filled, all in ascending order and by copies of whole vectors: several cores
+that store single numbers into one cache line would overwrite one another. A list that is long is cut into parts, whose
+sums a last kernel adds in order. No atomics: the same inputs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, is_column
+
+NOTHING: tl.constexpr = tl.constexpr(3e38)  # the log-sum-exp of a row that saw nothing: exp(s - it) = 0
+BEHIND: tl.constexpr = tl.constexpr(1e9)  # larger than every place in a list
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+
+
+# ---- the union of the ids of a tile ----
+
+
+@triton.jit(do_not_specialize=["n_items", "n_tiles", "n_all"])
+def select_attention_union(
+    ids,  # [N2, T, K] int32
+    tiles,  # [n_tiles, 6], see query_tiles
+    union,  # [N2, n_tiles, U] int32: the blocks, as many -1 as are missing, in column E how many blocks there are
+    n_items,  # N2 * n_tiles
+    n_tiles,
+    n_all,  # T
+    K: tl.constexpr,
+    L: tl.constexpr,
+    E: tl.constexpr,
+    U: tl.constexpr,  # more than E; rows of whole 32 bytes
+    CAUSAL: tl.constexpr,
+    BC: tl.constexpr,  # entries that are looked at at once
+    BE: tl.constexpr,  # U, or the power of two above it
+):
+    o_e = tl.arange(0, BE)
+    o_c = tl.arange(0, BC)
+    f_e = o_e.to(tl.float32)
+    f_c = o_c.to(tl.float32)
+    # [BC, BC] 1.0 where the row is before the column
+    b_before = tl.where(f_c[:, None] < f_c[None, :], 1.0, 0.0)
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        p_tile = tiles + i_item % n_tiles * 6
+        i_q = tl.load(p_tile).to(tl.int64)
+        n_t = tl.load(p_tile + 2)
+        n_blocks = (tl.load(p_tile + 5) + L - 1) // L
+        if CAUSAL:
+            n_blocks = tl.minimum(n_blocks, (tl.load(p_tile + 1) + n_t - 1) // L + 1)
+        p_ids = ids + ((i_item // n_tiles).to(tl.int64) * n_all + i_q) * K
+        # [BE]
+        b_all = tl.load(p_ids + o_e, mask=o_e < n_t * K, other=-1).to(tl.float32)
+        b_union = tl.zeros([BE], tl.float32)
+        b_count = tl.zeros([BC], tl.float32)
+        for i_c in range(0, n_t * K, BC):
+            # [BC]
+            b_ids = tl.load(p_ids + i_c + o_c, mask=o_c < n_t * K - i_c, other=-1).to(tl.float32)
+            # [BE, BC] where an entry names the same block, its place; a block is new where the first of them is its own
+            b_first = tl.where(b_all[:, None] == b_ids[None, :], f_e[:, None], BEHIND)
+            b_new = tl.where(tl.min(b_first, axis=0) == f_c + i_c * 1.0, 1.0, 0.0)
+            b_new = tl.where(b_ids >= 0.0, tl.where(b_ids < n_blocks * 1.0, b_new, 0.0), 0.0)
+            b_place = tl.sum(b_new[:, None] * b_before, axis=0) + b_count
+            b_place = tl.where(b_new > 0.0, b_place, -1.0)
+            # [BC, BE]
+            b_here = tl.where(b_place[:, None] == f_e[None, :], (b_ids + 1.0)[:, None], 0.0)
+            b_union += tl.sum(b_here, axis=0)
+            b_count += tl.sum(b_new, axis=0)
+        n_found = tl.sum(b_count, axis=0) / BC
+        b_union += is_column(f_e, E * 1.0) * (n_found + 1.0)
+        tl.store(union + i_item.to(tl.int64) * U + o_e, (b_union - 1.0).to(tl.int32), mask=o_e < U)
+
+
+# ---- what the kernels with products share ----
+
+
+@triton.jit
+def tile_rows(i_tile_h, G, PACK: tl.constexpr, BH: tl.constexpr, n_t):
+    """The first head of a tile and its rows: those of n_t tokens, or of the last heads of a group."""
+    i_h = i_tile_h * BH
+    return i_h, tl.minimum(n_t * BH, n_t * G - i_h)
+
+
+@triton.jit
+def ids_of_rows(p_ids, b_t, o_i, n_t, K: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr):
+    """The ids [BR, BI] of the token of each row, as float32; -2 for those below 0, which is no block of a union."""
+    b_ids = tl.full([BR, BI], -2.0, tl.float32)
+    for i_p in range(0, n_t):
+        b_one = tl.load(p_ids + i_p * K + o_i, mask=o_i < K, other=-2).to(tl.float32)
+        b_one = tl.where(b_one >= 0.0, b_one + 2.0, 0.0)
+        b_ids += is_column(b_t, i_p * 1.0)[:, None] * b_one[None, :]
+    return b_ids
+
+
+@triton.jit
+def tokens_seen(p_tile, b_t, n_k, CAUSAL: tl.constexpr):
+    """How many tokens of its segment each row may see.
+
+    A minimum of vectors in any case: a value that is the same in all rows would go through memory to the cube cores,
+    which would then wait for the vector cores in every round.
+    """
+    i_see = (tl.load(p_tile + 1) + 1) * 1.0 if CAUSAL else BEHIND
+    return tl.minimum(b_t + i_see, n_k * 1.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def piece(i_block, i_cut, n_k, L: tl.constexpr, CUT: tl.constexpr):
+    """The first token of a piece of a block, and its tokens, which may be 0 or less behind the end of the segment."""
+    i_0 = i_block * L + i_cut * CUT
+    return i_0, tl.minimum(CUT, n_k - i_0)
+
+
+@triton.jit(do_not_specialize=["n_items", "n_tiles", "n_all", "r_t", "r_n"])
+def select_attention_fwd(
+    q,  # [rows, DK]
+    k,  # [T2, N2, DK]
+    v,  # [T2, N2, DV]
+    ids,  # [N2, T, K] int32
+    union,  # [N2, n_tiles, U] int32
+    tiles,  # [n_tiles, 6]
+    o,  # [rows, DV]
+    m,  # [rows, W] float32, the maximum W times
+    z,  # [rows, W] float32, the sum W times
+    scale,
+    n_items,
+    n_tiles,
+    n_all,  # T
+    r_t,  # strides
+    r_n,
+    k_t,
+    k_n,
+    v_t,
+    v_n,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    CUT: tl.constexpr,  # divides L
+    PACK: tl.constexpr,
+    E: tl.constexpr,
+    U: tl.constexpr,
+    W: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BH: tl.constexpr,  # heads per tile; G if PACK > 1
+    BR: tl.constexpr,  # PACK * BH, or more
+    BN: tl.constexpr,  # CUT, or the power of two above it
+    BI: tl.constexpr,  # K, or the power of two above it
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,  # DK, or the power of two above it
+    BV: tl.constexpr,  # DV, or the power of two above it
+):
+    o_r = tl.arange(0, BR)
+    o_n = tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    o_i = tl.arange(0, BI)
+    o_w = tl.arange(0, W)
+    f_r = o_r.to(tl.float32)
+    # [BR] the token of each row
+    b_t = ((f_r + 0.5) / BH).to(tl.int32).to(tl.float32)
+    # [BR, BN]
+    b_column = tl.zeros([BR, BN], tl.float32) + o_n.to(tl.float32)[None, :]
+    HEADS: tl.constexpr = (G + BH - 1) // BH
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        i_tile = i_item // HEADS % n_tiles
+        i_n = (i_item // (HEADS * n_tiles)).to(tl.int64)
+        p_tile = tiles + i_tile * 6
+        i_q = tl.load(p_tile).to(tl.int64)
+        n_t = tl.load(p_tile + 2)
+        i_k = tl.load(p_tile + 4).to(tl.int64)
+        n_k = tl.load(p_tile + 5)
+        i_h, n_r = tile_rows(i_item % HEADS, G, PACK, BH, n_t)
+        i_row = i_n * r_n + i_q * r_t + i_h
+        # [BR] tokens that each row may see
+        b_see = tokens_seen(p_tile, b_t, n_k, CAUSAL)
+        # [BR, BI]
+        b_ids = ids_of_rows(ids + (i_n * n_all + i_q) * K, b_t, o_i, n_t, K, BR, BI)
+        # [BR, BK]
+        m_r = (o_r < n_r)[:, None]
+        b_q = tl.load(q + i_row * DK + o_r[:, None] * DK + o_k[None, :], mask=m_r & (o_k < DK)[None, :], other=0.0)
+        # [BR], [BR], [BR, BV]
+        b_m = tl.full([BR], NO_SCORE, tl.float32)
+        b_z = tl.zeros([BR], tl.float32)
+        b_o = tl.zeros([BR, BV], tl.float32)
+        p_union = union + (i_n * n_tiles + i_tile) * U
+        for i_piece in range(0, tl.load(p_union + E) * (L // CUT)):
+            i_block = tl.load(p_union + i_piece // (L // CUT))
+            i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
+            i_i = i_k + tl.minimum(i_0, n_k - 1)
+            # [BR] how often a row chose the block, and the tokens of the piece that it sees
+            b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
+            b_limit = tl.where(b_times > 0.0, b_see - i_0 * 1.0, 0.0)
+            b_log = tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL))
+            # [BN, BK]; one row at least, because a product of no columns is none
+            m_k = (o_n < tl.maximum(n_0, 1))[:, None] & (o_k < DK)[None, :]
+            b_k = tl.load(k + i_i * k_t + i_n * k_n + o_n[:, None] * k_t + o_k[None, :], mask=m_k, other=0.0)
+            # [BR, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            b_s = tl.where(b_column < b_limit[:, None], b_s, MASKED)
+            b_max = tl.maximum(b_m, tl.max(b_s, axis=1), propagate_nan=tl.PropagateNan.ALL)
+            b_p = tl.exp(b_s - (b_max - b_log)[:, None])
+            # [BN, BV]
+            m_v = (o_n < n_0)[:, None] & (o_v < DV)[None, :]
+            b_v = tl.load(v + i_i * v_t + i_n * v_n + o_n[:, None] * v_t + o_v[None, :], mask=m_v, other=0.0)
+            b_shrink = tl.exp(b_m - b_max)
+            b_z = b_z * b_shrink + tl.sum(b_p, axis=1)
+            b_o = b_o * b_shrink[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+            b_m = b_max
+        saw_nothing = b_m <= NO_SCORE
+        b_out = (b_o / tl.where(saw_nothing, 1.0, b_z)[:, None]).to(o.dtype.element_ty)
+        tl.store(o + i_row * DV + o_r[:, None] * DV + o_v[None, :], b_out, mask=m_r & (o_v < DV)[None, :])
+        b_m = tl.where(saw_nothing, LOWEST, b_m)
+        # [BR, W]
+        o_mz = i_row * W + o_r[:, None] * W + o_w[None, :]
+        tl.store(m + o_mz, tl.broadcast_to(b_m[:, None], [BR, W]), mask=m_r & (o_w < W)[None, :])
+        tl.store(z + o_mz, tl.broadcast_to(b_z[:, None], [BR, W]), mask=m_r & (o_w < W)[None, :])
+
+
+# ---- the gradient of q ----
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def select_attention_terms(
+    g,  # [rows, DV]
+    out,  # [rows, DV]
+    m,  # [rows] float32
+    z,  # [rows] float32
+    lse,  # [rows] float32
+    delta,  # [rows] float32
+    n_rows,
+    DV: tl.constexpr,
+    BM: tl.constexpr,  # rows per tile
+    BV: tl.constexpr,
+):
+    """What the gradient of a softmax needs of each row: its log-sum-exp, and the sum of gradient times output."""
+    o_m = tl.arange(0, BM)
+    o_v = tl.arange(0, BV)
+    for i_m in range(tl.program_id(0) * BM, n_rows, tl.num_programs(0) * BM):
+        # [BM, BV]
+        m_g = (o_m < n_rows - i_m)[:, None] & (o_v < DV)[None, :]
+        o_g = i_m.to(tl.int64) * DV + o_m[:, None] * DV + o_v[None, :]
+        b_g = tl.load(g + o_g, mask=m_g, other=0.0).to(tl.float32)
+        b_out = tl.load(out + o_g, mask=m_g, other=0.0).to(tl.float32)
+        tl.store(delta + i_m + o_m, tl.sum(b_g * b_out, axis=1), mask=o_m < n_rows - i_m)
+        # [BM]
+        b_m = tl.load(m + i_m + o_m, mask=o_m < n_rows - i_m, other=0.0)
+        b_z = tl.load(z + i_m + o_m, mask=o_m < n_rows - i_m, other=1.0)
+        b_lse = tl.where(b_z == 0.0, NOTHING, b_m + tl.log(tl.where(b_z == 0.0, 1.0, b_z)))
+        tl.store(lse + i_m + o_m, b_lse, mask=o_m < n_rows - i_m)
+
+
+@triton.jit(do_not_specialize=["n_items", "n_tiles", "n_all", "r_t", "r_n"])
+def select_attention_dq(
+    q,  # [rows, DK]
+    g,  # [rows, DV]
+    k,  # [T2, N2, DK]
+    v,  # [T2, N2, DV]
+    lse,  # [rows] float32
+    delta,  # [rows] float32
+    ids,  # [N2, T, K] int32
+    union,  # [N2, n_tiles, U] int32
+    tiles,  # [n_tiles, 6]
+    dq,  # [rows, DK]
+    scale,
+    n_items,
+    n_tiles,
+    n_all,  # T
+    r_t,  # strides
+    r_n,
+    k_t,
+    k_n,
+    v_t,
+    v_n,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    CUT: tl.constexpr,
+    PACK: tl.constexpr,
+    E: tl.constexpr,
+    U: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+    BI: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    o_r = tl.arange(0, BR)
+    o_n = tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    o_i = tl.arange(0, BI)
+    # [BR] the token of each row
+    b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
+    # [BR, BN]
+    b_column = tl.zeros([BR, BN], tl.float32) + o_n.to(tl.float32)[None, :]
+    HEADS: tl.constexpr = (G + BH - 1) // BH
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        i_tile = i_item // HEADS % n_tiles
+        i_n = (i_item // (HEADS * n_tiles)).to(tl.int64)
+        p_tile = tiles + i_tile * 6
+        i_q = tl.load(p_tile).to(tl.int64)
+        n_t = tl.load(p_tile + 2)
+        i_k = tl.load(p_tile + 4).to(tl.int64)
+        n_k = tl.load(p_tile + 5)
+        i_h, n_r = tile_rows(i_item % HEADS, G, PACK, BH, n_t)
+        i_row = i_n * r_n + i_q * r_t + i_h
+        # [BR] tokens that each row may see
+        b_see = tokens_seen(p_tile, b_t, n_k, CAUSAL)
+        # [BR, BI]
+        b_ids = ids_of_rows(ids + (i_n * n_all + i_q) * K, b_t, o_i, n_t, K, BR, BI)
+        # [BR]
+        b_lse = tl.load(lse + i_row + o_r, mask=o_r < n_r, other=NOTHING)
+        b_delta = tl.load(delta + i_row + o_r, mask=o_r < n_r, other=0.0)
+        # [BR, BK], [BR, BV]
+        m_r = (o_r < n_r)[:, None]
+        b_q = tl.load(q + i_row * DK + o_r[:, None] * DK + o_k[None, :], mask=m_r & (o_k < DK)[None, :], other=0.0)
+        b_g = tl.load(g + i_row * DV + o_r[:, None] * DV + o_v[None, :], mask=m_r & (o_v < DV)[None, :], other=0.0)
+        # [BR, BK]
+        b_dq = tl.zeros([BR, BK], tl.float32)
+        p_union = union + (i_n * n_tiles + i_tile) * U
+        n_found = tl.load(p_union + E)
+        for i_piece in range(0, n_found * (L // CUT)):
+            i_block = tl.load(p_union + i_piece // (L // CUT))
+            i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
+            i_i = i_k + tl.minimum(i_0, n_k - 1)
+            # [BR] how often a row chose the block, and the tokens of the piece that it sees
+            b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
+            b_limit = tl.where(b_times > 0.0, b_see - i_0 * 1.0, 0.0)
+            b_log = tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL))
+            m_n = (o_n < tl.maximum(n_0, 1))[:, None]
+            # [BN, BK], [BN, BV]
+            p_k = k + i_i * k_t + i_n * k_n
+            b_k = tl.load(p_k + o_n[:, None] * k_t + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
+            p_v = v + i_i * v_t + i_n * v_n
+            b_v = tl.load(p_v + o_n[:, None] * v_t + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
+            # [BR, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
+            m_s = b_column < b_limit[:, None]
+            b_p = tl.exp(tl.where(m_s, b_s, MASKED) - (b_lse - b_log)[:, None])
+            b_ds = b_p * tl.where(m_s, b_dp - b_delta[:, None], 0.0)
+            b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
+        # A sum of products alone begins in the first round: without one it is whatever the cube's memory held.
+        b_found = tl.zeros([BR], tl.float32) + n_found * 1.0
+        b_out = tl.where((b_found > 0.0)[:, None], b_dq * scale, 0.0).to(dq.dtype.element_ty)
+        tl.store(dq + i_row * DK + o_r[:, None] * DK + o_k[None, :], b_out, mask=m_r & (o_k < DK)[None, :])
+
+
+# ---- the inverse: the tiles that hold a block ----
+
+
+@triton.jit(do_not_specialize=["n_items", "n_groups", "n_tiles", "n_blocks", "n_rows"])
+def select_attention_count(
+    union,  # [N2, n_tiles, U] int32
+    groups,  # [n_groups, 5] first row of `blocks`, rows, number of the first block; first tile, the one behind the last
+    before,  # [*, n_rows] int32, for each BT tiles of a group, how many tiles before them hold each block; then, in all
+    counts,  # [n_rows] int32, how many tiles hold each block
+    n_items,  # N2 * n_groups
+    n_groups,
+    n_tiles,
+    n_blocks,  # rows of `blocks`
+    n_rows,  # N2 * n_blocks
+    E: tl.constexpr,
+    U: tl.constexpr,
+    BG: tl.constexpr,  # blocks of a group
+    BT: tl.constexpr,  # tiles that are looked at at once
+    BE: tl.constexpr,  # U, or the power of two above it
+):
+    o_g = tl.arange(0, BG)
+    o_t = tl.arange(0, BT)
+    o_e = tl.arange(0, BE)
+    f_g = o_g.to(tl.float32)
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        p_group = groups + i_item % n_groups * 5
+        i_n = (i_item // n_groups).to(tl.int64)
+        n_g = tl.load(p_group + 1)
+        i_block = tl.load(p_group + 2)
+        i_first = tl.load(p_group + 3)
+        n_t = tl.load(p_group + 4) - i_first
+        i_row = i_n * n_blocks + tl.load(p_group)
+        # [BG]
+        b_counts = tl.zeros([BG], tl.float32)
+        for i_t in range(0, n_t, BT):
+            p_before = before + (i_t // BT).to(tl.int64) * n_rows + i_row
+            tl.store(p_before + o_g, b_counts.to(tl.int32), mask=o_g < n_g)
+            # [BT, BE]
+            m_u = (o_t < n_t - i_t)[:, None] & (o_e < E)[None, :]
+            p_u = union + (i_n * n_tiles + i_first + i_t) * U
+            b_u = tl.load(p_u + o_t[:, None] * U + o_e[None, :], mask=m_u, other=-1).to(tl.float32)
+            # [BG, BE]
+            b_found = tl.zeros([BG, BE], tl.float32)
+            for i_g in range(0, n_g):
+                b_here = tl.sum(tl.where(b_u == (i_block + i_g) * 1.0, 1.0, 0.0), axis=0)
+                b_found += is_column(f_g, i_g * 1.0)[:, None] * b_here[None, :]
+            b_counts += tl.sum(b_found, axis=1)
+        p_before = before + ((n_t + BT - 1) // BT).to(tl.int64) * n_rows + i_row
+        tl.store(p_before + o_g, b_counts.to(tl.int32), mask=o_g < n_g)
+        tl.store(counts + i_row + o_g, b_counts.to(tl.int32), mask=o_g < n_g)
+
+
+@triton.jit(do_not_specialize=["n_rows", "most"])
+def select_attention_place(
+    counts,  # [n_rows] int32
+    places,  # [n_rows + 1] int32, where the list of each row begins
+    parts,  # [n_rows + 1] int32, the first part of each row
+    n_rows,
+    most,  # entries of a list that make one part
+    BO: tl.constexpr,
+):
+    """Sums of what comes before each row. One program: there are few rows, T2 N2 / L."""
+    o_o = tl.arange(0, BO)
+    f_o = o_o.to(tl.float32)
+    # [BO, BO] 1.0 where the row is before the column
+    b_before = tl.where(f_o[:, None] < f_o[None, :], 1.0, 0.0)
+    b_zeros = tl.zeros([BO, BO], tl.float32)
+    # [BO] the sums so far, in every element: they never become scalars, which would wait for the vector unit
+    b_places = tl.zeros([BO], tl.int32)
+    b_all_parts = tl.zeros([BO], tl.int32)
+    for i_o in range(0, n_rows + 1, BO):
+        b_counts = tl.load(counts + i_o + o_o, mask=o_o < n_rows - i_o, other=0).to(tl.float32)
+        b_parts = ((b_counts + (most - 0.5)) / most).to(tl.int32).to(tl.float32)
+        b_place = tl.sum(b_counts[:, None] * b_before, axis=0).to(tl.int32)
+        b_part = tl.sum(b_parts[:, None] * b_before, axis=0).to(tl.int32)
+        tl.store(places + i_o + o_o, b_place + b_places, mask=o_o < n_rows + 1 - i_o)
+        tl.store(parts + i_o + o_o, b_part + b_all_parts, mask=o_o < n_rows + 1 - i_o)
+        b_places += tl.sum(b_counts[:, None] + b_zeros, axis=0).to(tl.int32)
+        b_all_parts += tl.sum(b_parts[:, None] + b_zeros, axis=0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n_items", "n_groups", "n_tiles", "n_blocks", "n_rows"])
+def select_attention_fill(
+    union,  # [N2, n_tiles, U] int32
+    groups,  # [n_groups, 5]
+    before,  # [*, n_rows] int32
+    places,  # [n_rows + 1] int32
+    parts,  # [n_rows + 1] int32
+    entries,  # [*] int32, the tiles of each list, ascending
+    rows,  # [*] int32, the row of each part
+    n_items,  # N2 * n_groups
+    n_groups,
+    n_tiles,
+    n_blocks,
+    n_rows,
+    E: tl.constexpr,
+    U: tl.constexpr,
+    BT: tl.constexpr,  # as in select_attention_count
+    BE: tl.constexpr,
+):
+    o_t = tl.arange(0, BT)
+    o_e = tl.arange(0, BE)
+    f_t = o_t.to(tl.float32)
+    # [BT, BT] 1.0 where the row is before the column
+    b_earlier = tl.where(f_t[:, None] < f_t[None, :], 1.0, 0.0)
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        p_group = groups + i_item % n_groups * 5
+        i_n = (i_item // n_groups).to(tl.int64)
+        n_g = tl.load(p_group + 1)
+        i_block = tl.load(p_group + 2)
+        i_first = tl.load(p_group + 3)
+        n_t = tl.load(p_group + 4) - i_first
+        i_row = i_n * n_blocks + tl.load(p_group)
+        for i_t in range(0, n_t, BT):
+            # [BT, BE]
+            m_u = (o_t < n_t - i_t)[:, None] & (o_e < E)[None, :]
+            p_u = union + (i_n * n_tiles + i_first + i_t) * U
+            b_u = tl.load(p_u + o_t[:, None] * U + o_e[None, :], mask=m_u, other=-1).to(tl.float32)
+            for i_g in range(0, n_g):
+                # [BT] 1.0 for tiles that hold the block, and how many before them do
+                b_here = tl.sum(tl.where(b_u == (i_block + i_g) * 1.0, 1.0, 0.0), axis=1)
+                b_place = tl.sum(b_here[:, None] * b_earlier, axis=0)
+                b_place = b_place * b_here + b_here - 1.0
+                # [BT, BT] -> [BT] those tiles, side by side
+                b_tile = tl.where(b_place[:, None] == f_t[None, :], f_t[:, None], 0.0)
+                b_tile = tl.sum(b_tile, axis=0).to(tl.int32) + (i_first + i_t)
+                p_before = before + (i_t // BT).to(tl.int64) * n_rows + i_row + i_g
+                n_before = tl.load(p_before)
+                p_entries = entries + tl.load(places + i_row + i_g) + n_before
+                tl.store(p_entries + o_t, b_tile, mask=o_t < tl.load(p_before + n_rows) - n_before)
+        for i_g in range(0, n_g):
+            i_part = tl.load(parts + i_row + i_g)
+            n_parts = tl.load(parts + i_row + i_g + 1) - i_part
+            for i_t in range(0, n_parts, BT):
+                b_row = tl.zeros([BT], tl.int32) + (i_row + i_g).to(tl.int32)
+                tl.store(rows + i_part + i_t + o_t, b_row, mask=o_t < n_parts - i_t)
+
+
+# ---- the gradients of k and v ----
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_all", "most", "r_t", "r_n"])
+def select_attention_dkv(
+    q,  # [rows, DK]
+    g,  # [rows, DV]
+    k,  # [T2, N2, DK]
+    v,  # [T2, N2, DV]
+    lse,  # [rows] float32
+    delta,  # [rows] float32
+    ids,  # [N2, T, K] int32
+    tiles,  # [n_tiles, 6]
+    blocks,  # [n_blocks, 6], see key_tiles
+    places,  # [n_rows + 1] int32
+    parts,  # [n_rows + 1] int32
+    entries,  # [*] int32
+    rows,  # [*] int32, the row of each part
+    dk,  # [*, L, DK] float32, of each part
+    dv,  # [*, L, DV] float32
+    scale,
+    n_rows,  # N2 * n_blocks
+    n_blocks,
+    n_all,  # T
+    most,  # entries of a list that make one part
+    r_t,  # strides
+    r_n,
+    k_t,
+    k_n,
+    v_t,
+    v_n,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    CUT: tl.constexpr,
+    PACK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BH: tl.constexpr,
+    BP: tl.constexpr,  # PACK, or the power of two above it
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+    BI: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    o_p = tl.arange(0, BP)
+    o_r = tl.arange(0, BR)
+    o_n = tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    o_i = tl.arange(0, BI)
+    # [BR] the token of each row, [BP, BR] 1.0 where a row is one of a token
+    b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
+    b_of = tl.where(o_p.to(tl.float32)[:, None] == b_t[None, :], 1.0, 0.0)
+    # [BN, BR]
+    b_key = tl.zeros([BN, BR], tl.float32) + o_n.to(tl.float32)[:, None]
+    HEADS: tl.constexpr = (G + BH - 1) // BH
+    CUTS: tl.constexpr = L // CUT
+    for i_item in range(tl.program_id(0), tl.load(parts + n_rows) * CUTS, tl.num_programs(0)):
+        i_part = i_item // CUTS
+        i_0 = i_item % CUTS * CUT
+        i_list = tl.load(rows + i_part)
+        i_n = (i_list // n_blocks).to(tl.int64)
+        p_block = blocks + i_list % n_blocks * 6
+        i_k = tl.load(p_block).to(tl.int64) + i_0
+        i_pos = tl.load(p_block + 1)
+        i_block = i_pos // L
+        n_0 = tl.load(p_block + 2) - i_0
+        n_k = tl.load(p_block + 3)
+        i_begin = tl.load(places + i_list) + (i_part - tl.load(parts + i_list)) * most
+        i_end = tl.minimum(i_begin + most, tl.load(places + i_list + 1))
+        # [BN, BK], [BN, BV]; one row at least
+        m_n = (o_n < tl.maximum(n_0, 1))[:, None]
+        i_i = i_k + tl.minimum(n_0 - 1, 0)
+        p_k = k + i_i * k_t + i_n * k_n
+        b_k = tl.load(p_k + o_n[:, None] * k_t + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
+        p_v = v + i_i * v_t + i_n * v_n
+        b_v = tl.load(p_v + o_n[:, None] * v_t + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
+        # [BN, BK], [BN, BV]
+        b_dk = tl.zeros([BN, BK], tl.float32)
+        b_dv = tl.zeros([BN, BV], tl.float32)
+        # from 0 on: ascendnpu-ir 1.0.0 does not survive products in a loop whose first round is known at run time only
+        for i_entry in range(0, (i_end - i_begin) * HEADS):
+            p_tile = tiles + tl.load(entries + i_begin + i_entry // HEADS) * 6
+            i_q = tl.load(p_tile).to(tl.int64)
+            n_t = tl.load(p_tile + 2)
+            i_h, n_r = tile_rows(i_entry % HEADS, G, PACK, BH, n_t)
+            i_row = i_n * r_n + i_q * r_t + i_h
+            # [BP, BI] -> [BP] how often each token chose the block -> [BR] each row
+            m_i = (o_p < n_t)[:, None] & (o_i < K)[None, :]
+            p_ids = ids + (i_n * n_all + i_q) * K
+            b_ids = tl.load(p_ids + o_p[:, None] * K + o_i[None, :], mask=m_i, other=-1).to(tl.float32)
+            b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
+            b_times = tl.sum(b_of * b_times[:, None], axis=0)
+            b_log = tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL))
+            # [BR] the tokens of the piece that each row sees
+            b_see = tokens_seen(p_tile, b_t, n_k, CAUSAL)
+            b_limit = tl.where(b_times > 0.0, b_see - (i_pos + i_0) * 1.0, 0.0)
+            b_lse = tl.load(lse + i_row + o_r, mask=o_r < n_r, other=NOTHING)
+            b_delta = tl.load(delta + i_row + o_r, mask=o_r < n_r, other=0.0)
+            # [BR, BK], [BR, BV]
+            m_r = (o_r < n_r)[:, None]
+            b_q = tl.load(q + i_row * DK + o_r[:, None] * DK + o_k[None, :], mask=m_r & (o_k < DK)[None, :], other=0.0)
+            b_g = tl.load(g + i_row * DV + o_r[:, None] * DV + o_v[None, :], mask=m_r & (o_v < DV)[None, :], other=0.0)
+            # [BN, BR]
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
+            b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
+            m_s = b_key < b_limit[None, :]
+            b_p = tl.exp(tl.where(m_s, b_s, MASKED) - (b_lse - b_log)[None, :])
+            b_ds = b_p * tl.where(m_s, b_dp - b_delta[None, :], 0.0)
+            b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
+            b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
+        p_dk = dk + (i_part.to(tl.int64) * L + i_0) * DK
+        tl.store(p_dk + o_n[:, None] * DK + o_k[None, :], b_dk, mask=(o_n < CUT)[:, None] & (o_k < DK)[None, :])
+        p_dv = dv + (i_part.to(tl.int64) * L + i_0) * DV
+        tl.store(p_dv + o_n[:, None] * DV + o_v[None, :], b_dv, mask=(o_n < CUT)[:, None] & (o_v < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_items", "n_blocks", "N2"])
+def select_attention_sum(
+    of_parts,  # [*, L, D] float32
+    parts,  # [N2 * n_blocks + 1] int32
+    blocks,  # [n_blocks, 6]
+    out,  # [T2, N2, D]
+    scale,
+    n_items,  # N2 * n_blocks * ceil(L / BM)
+    n_blocks,
+    N2,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,  # tokens per tile
+    BD: tl.constexpr,  # D, or the power of two above it
+):
+    """The parts of each block, added in order and scaled; zeros for a block that nobody chose."""
+    o_m = tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    TILES: tl.constexpr = (L + BM - 1) // BM
+    for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        i_list = i_item // TILES
+        i_m = i_item % TILES * BM
+        p_block = blocks + i_list % n_blocks * 6
+        n_m = tl.load(p_block + 2) - i_m
+        m_m = (o_m < n_m)[:, None] & (o_d < D)[None, :]
+        # [BM, BD]
+        b_sum = tl.zeros([BM, BD], tl.float32)
+        for i_part in range(tl.load(parts + i_list), tl.load(parts + i_list + 1)):
+            p_part = of_parts + (i_part.to(tl.int64) * L + i_m) * D
+            b_sum += tl.load(p_part + o_m[:, None] * D + o_d[None, :], mask=m_m, other=0.0)
+        p_out = out + ((tl.load(p_block).to(tl.int64) + i_m) * N2 + i_list // n_blocks) * D
+        tl.store(p_out + o_m[:, None] * (N2 * D) + o_d[None, :], (b_sum * scale).to(out.dtype.element_ty), mask=m_m)

@@ -1,0 +1,48 @@
+"""Every shipped config compiles for the chips, with both Ascend compilers, and nothing speaks against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_triton.ascend.toolchain import compilers
+from tests.compiling import CHIPS, VERSIONS, no_ascend, problems, reports
+
+if reason := no_ascend():
+    pytest.skip(reason, allow_module_level=True)
+
+from nsa_triton.ops.select_attention import launch
+from nsa_triton.ops.select_attention.cases import COMPILES
+
+# The largest tiles of the shipped file: dtype, heads, kv heads, key and value head size, block, entries, causal.
+WORST = [
+    (dtype, heads, 1, key_dim, value_dim, 128, 16, True)
+    for dtype in (torch.bfloat16, torch.float32)
+    for heads in (1, 64)
+    for key_dim, value_dim in ((192, 128), (256, 256))
+]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("chip_name", CHIPS)
+def test_every_case_compiles_without_problems(chip_name, version):
+    assert problems(launch, chip_name, version, COMPILES) == {}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_shipped_config_compiles_without_problems(version):
+    assert problems(launch, CHIPS[0], version, WORST) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("chip_name", CHIPS[1:])
+def test_every_shipped_config_compiles_for_the_other_chips(chip_name, version):
+    assert problems(launch, chip_name, version, WORST) == {}
+
+
+def test_products_are_made_on_the_cube_and_nothing_else_is():
+    found = reports(launch, "Ascend910B2", compilers()[0].version, COMPILES[:1])
+    modes = {report.kernel.removeprefix("select_attention_"): report.mix_mode for report in found}
+    assert {name for name, mode in modes.items() if mode == "mix"} == {"fwd", "dq", "dkv"}
+    assert set(modes.values()) == {"mix", "aiv"}
