@@ -29,6 +29,7 @@ COLUMNS = ("operator", "tokens", "compiler", "simulated µs", "critical pipe", "
 TRAINING = (8192, 65536)
 DECODING = (8192, 65536)
 BATCH = 16
+LISTS = tuple(f"select_attention_{name}" for name in ("union", "count", "place", "fill"))
 DTYPE = torch.bfloat16
 
 
@@ -52,6 +53,7 @@ class Case:
     operator: str
     tokens: str
     call: Callable[[], Any]
+    fills: tuple[str, ...] = ()  # kernels whose results control others
 
 
 def empty(*shape: int) -> Tensor:
@@ -62,6 +64,7 @@ def empty(*shape: int) -> Tensor:
 def cases(model: Model) -> Iterator[Case]:
     for tokens in TRAINING:
         yield from training_cases(model, tokens)
+    yield from attention_cases(model, TRAINING[0])
     for context in DECODING:
         yield from decoding_cases(model, context)
 
@@ -80,6 +83,60 @@ def training_cases(model: Model, tokens: int) -> Iterator[Case]:
         label,
         lambda: nsa_triton.nsa_compress_grad(g, x, w, *sizes, actual_seq_len=[tokens], impl="triton"),
     )
+
+
+def attention_cases(model: Model, tokens: int) -> Iterator[Case]:
+    """One sequence; blocks as `past_blocks` draws them."""
+    label = f"{tokens // 1024}K"
+    windows = (tokens - model.window) // model.stride + 1
+    q, g = (empty(tokens, model.heads, size) for size in (model.key_dim, model.value_dim))
+    k, v = (empty(windows, model.kv_heads, size) for size in (model.key_dim, model.value_dim))
+    state = torch.zeros(tokens, model.heads, 8)
+    scale, geometry = model.key_dim**-0.5, (model.window, model.stride)
+    lengths: dict[str, Any] = {"actual_seq_qlen": [tokens], "actual_cmp_seq_kvlen": [windows], "causal": True, "impl": "triton"}
+    yield Case(
+        "nsa_compress_attention", label,
+        lambda: nsa_triton.nsa_compress_attention(
+            q, k, v, scale, model.heads, *geometry, model.block, model.count, num_init_blocks=1, num_local_blocks=2,
+            **lengths,
+        ),
+    )  # fmt: skip
+    yield Case(
+        "nsa_compress_attention_grad", label,
+        lambda: nsa_triton.nsa_compress_attention_grad(
+            g, q, k, v, g, state, state, scale, model.heads, *geometry, **lengths
+        ),
+    )  # fmt: skip
+    raw_k, raw_v = (empty(tokens, model.kv_heads, size) for size in (model.key_dim, model.value_dim))
+    ids = past_blocks(tokens, model)
+    chosen: dict[str, Any] = {"actual_seq_qlen": [tokens], "actual_seq_kvlen": [tokens], "causal": True, "impl": "triton"}
+    sizes = (scale, model.heads, model.block, model.count)
+    yield Case(
+        "nsa_select_attention", label,
+        lambda: nsa_triton.nsa_select_attention(q, raw_k, raw_v, ids, *sizes, **chosen), fills=LISTS,
+    )  # fmt: skip
+    yield Case(
+        "nsa_select_attention_grad", label,
+        lambda: nsa_triton.nsa_select_attention_grad(
+            g, q, raw_k, raw_v, g, state, state, ids, *sizes, **chosen
+        ), fills=LISTS,
+    )  # fmt: skip
+
+
+def past_blocks(tokens: int, model: Model) -> Tensor:
+    """For each query token and kv head the first block, its own and the one before, and others of its past. Runs of
+    eight tokens choose the same ones, as neighbours with similar queries do."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.arange(tokens) // model.block
+    noise = torch.rand(-(-tokens // 8), model.kv_heads, tokens // model.block, generator=generator)
+    noise = noise.repeat_interleave(8, 0)[:tokens]
+    blocks = torch.arange(tokens // model.block)
+    noise[(blocks > own[:, None])[:, None].expand_as(noise)] = -1
+    forced = (blocks == 0) | ((blocks <= own[:, None]) & (blocks > own[:, None] - 2))
+    noise[forced[:, None].expand_as(noise)] = 2
+    found = noise.sort(dim=-1, descending=True, stable=True)
+    ids = torch.where(found.values >= 0, found.indices, -1)[..., : model.count]
+    return ids.int()
 
 
 def decoding_cases(model: Model, context: int) -> Iterator[Case]:
@@ -148,7 +205,7 @@ def row(case: Case, compiler: str, reports: list[LaunchReport]) -> tuple[str, ..
 def rows(chip: str) -> Iterator[tuple[str, ...]]:
     for case in cases(Model()):
         for compiler in compilers():
-            yield row(case, compiler.version, simulated_times(case.call, chip, compiler))
+            yield row(case, compiler.version, simulated_times(case.call, chip, compiler, fills=case.fills))
 
 
 def main() -> None:

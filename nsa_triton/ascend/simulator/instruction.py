@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from nsa_triton.ascend.hivm_module import Op, memref
 
 PIPES = ("S", "V", "M", "MTE1", "MTE2", "MTE3", "FIX")
+_NUMBERS = ("broadcast", "transpose", "reduce_dims", "permutation")
 _PIPE_OF = {"load": "MTE2", "nd2nz": "MTE2", "store": "MTE3", "fixpipe": "FIX", "mmadL1": "M"}
 
 
@@ -39,7 +40,7 @@ def decoded(op: Op, number: int) -> Instruction:
         attributes={key: _inner(value) for key, value in op.attributes.items()},
         parts=_parts(op),
         source=op.source,
-        numbers={key: op.numbers(key) for key in ("broadcast", "transpose", "reduce_dims", "permutation") if key in op.attributes},
+        numbers={key: op.numbers(key) for key in _NUMBERS if key in op.attributes},
     )
 
 

@@ -338,8 +338,10 @@ def select_attention_dq(
         b_dq = tl.zeros([BR, BK], tl.float32)
         p_union = union + (i_n * n_tiles + i_tile) * U
         n_found = tl.load(p_union + E)
-        for i_piece in range(0, n_found * (L // CUT)):
-            i_block = tl.load(p_union + i_piece // (L // CUT))
+        # One round at least, if need be of a block that no row chose: a sum of products alone begins in the first
+        # round, and without one it is whatever the cube's memory held.
+        for i_piece in range(0, tl.maximum(n_found, 1) * (L // CUT)):
+            i_block = tl.where(n_found > 0, tl.load(p_union + i_piece // (L // CUT)), 0)
             i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
             i_i = i_k + tl.minimum(i_0, n_k - 1)
             # [BR] how often a row chose the block, and the tokens of the piece that it sees
@@ -359,9 +361,7 @@ def select_attention_dq(
             b_p = tl.exp(tl.where(m_s, b_s, MASKED) - (b_lse - b_log)[:, None])
             b_ds = b_p * tl.where(m_s, b_dp - b_delta[:, None], 0.0)
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
-        # A sum of products alone begins in the first round: without one it is whatever the cube's memory held.
-        b_found = tl.zeros([BR], tl.float32) + n_found * 1.0
-        b_out = tl.where((b_found > 0.0)[:, None], b_dq * scale, 0.0).to(dq.dtype.element_ty)
+        b_out = (b_dq * scale).to(dq.dtype.element_ty)
         tl.store(dq + i_row * DK + o_r[:, None] * DK + o_k[None, :], b_out, mask=m_r & (o_k < DK)[None, :])
 
 

@@ -43,13 +43,19 @@ STATE = 8  # copies of a row's maximum and of its sum
 LOWEST = torch.finfo(torch.float32).min
 
 
+def tiles_with_keys(ragged: Ragged, per_tile: int) -> np.ndarray:
+    """[B] tiles of query tokens of each segment, none where it has no keys."""
+    tiles: np.ndarray = np.where(ragged.keys > 0, -(-ragged.queries // per_tile), 0)
+    return tiles
+
+
 @functools.lru_cache(maxsize=64)
 def block_groups(
     ragged: Ragged, block: int, per_group: int, per_tile: int, causal: bool, device: torch.device
 ) -> Tensor:
     """[groups, 5] of neighbouring blocks of a segment: the row of the first in key_tiles, and how many; the number of
     the first within the segment; the tiles of query_tiles that may see them, from the first to behind the last."""
-    blocks, tiles = -(-ragged.keys // block), -(-ragged.queries // per_tile)
+    blocks, tiles = -(-ragged.keys // block), tiles_with_keys(ragged, per_tile)
     segment, first = split(blocks, per_group)
     first_block, first_tile = np.cumsum(blocks) - blocks, np.cumsum(tiles) - tiles
     unseen = np.minimum(first * block // per_tile, tiles[segment]) if causal else 0
@@ -88,7 +94,8 @@ class Plan:
         self.head_tiles = -(-self.group // self.head_rows)
         self.pack = max(1, min(MOST_TOKENS, MOST_ENTRIES // self.count, rows // self.group))
         self.entries = self.pack * self.count
-        self.tiles = query_tiles(ragged, self.pack, self.device)
+        # Backward, nothing is done for segments without keys.
+        self.tiles = query_tiles(ragged, self.pack, self.device, with_keys=kernel == DQ)
         self.ids = topk_indices.transpose(0, 1).contiguous()
         self.union_width = -(-(self.entries + 1) // 8) * 8
         self.union = self.ids.new_empty((self.kv_heads, len(self.tiles), self.union_width))
@@ -267,7 +274,7 @@ class Inverse:
         self.groups = block_groups(ragged, plan.block, GROUP, plan.pack, causal, plan.device)
         self.rows = len(self.blocks) * plan.kv_heads
         blocks = -(-ragged.keys // plan.block)
-        tiles = -(-ragged.queries // plan.pack)
+        tiles = tiles_with_keys(ragged, plan.pack)
         bound = plan.kv_heads * int((tiles * np.minimum(blocks, plan.entries)).sum())
         self.most = max(1, -(-bound // PARTS))  # whatever the device: the parts decide the order of summation
         parts = self.rows + PARTS
@@ -366,6 +373,8 @@ def backward(
     target = target_of(query.device)
     plan = Plan(target, DQ, query, key, value, topk_indices, ragged, select_block_size, causal)
     query_grad = plan.new_rows(plan.key_dim, plan.dtype)
+    if not ragged.fills(plan.tokens, len(key)):
+        query_grad.zero_()  # for segments without keys
     key_grad, value_grad = (
         torch.empty(tensor.shape, dtype=tensor.dtype, device=plan.device) for tensor in (key, value)
     )

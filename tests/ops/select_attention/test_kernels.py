@@ -18,6 +18,7 @@ from tests.ops.select_attention.cases import (
     assert_gradients_accurate,
     clean,
     gradients_of,
+    last_bit,
     make,
     random_grad,
     segments,
@@ -170,8 +171,9 @@ def test_equal_big_scores_average(score, device):
     problem = problem._replace(query=ones, key=keys, scale=1.0)
     out, largest, total = forward(problem)
     expected, expected_largest, expected_total = reference.forward(*problem.doubled())
-    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(total.double(), expected_total, rtol=1e-6, atol=0)
+    bit = last_bit(expected_largest)  # ids that are there twice
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6 + bit, atol=2e-6 + bit)
+    torch.testing.assert_close(total.double(), expected_total, rtol=1e-6 + bit, atol=0)
     torch.testing.assert_close(largest.double(), expected_largest, rtol=1e-6, atol=0)
 
 
