@@ -161,7 +161,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, ends: list[int]) -> Tensor:
         attended: Tensor = x + self.attention(self.before_attention(x), ends)
-        return attended + self.mlp(self.before_mlp(attended))
+        mixed: Tensor = attended + self.mlp(self.before_mlp(attended))
+        return mixed
 
 
 class Model(nn.Module):
@@ -233,7 +234,7 @@ def without_choice(model: Model) -> Model:
 def test_a_model_learns_to_look_up_values():
     """Held-out sequences are answered, and not without the selected branch, nor by blocks that nobody chose."""
     model = seeded(Config())
-    recent: deque[float] = deque([math.inf], maxlen=10)
+    recent = deque([math.inf], maxlen=10)  # no mean before it is full
     for loss in islice(training(model, batches(model.config, seed=1), rate=5e-3), 250):
         recent.append(loss)
         if sum(recent) < 0.05 * len(recent):
@@ -268,12 +269,12 @@ def curve(config: Config, impl: str) -> tuple[Tensor, Tensor]:
 def test_kernels_and_reference_give_the_same_losses(config):
     """From the same start and data, in float32.
 
-    Both round to eps, but sum in another order: of n terms that leaves sqrt(n) * eps of their size. No sum has more than
-    one term per token of the batch and head of a group. By as much may the first losses differ, and as much again comes
-    with each step, of what it changes the loss by, which stays below the first loss. The steps are too few for the
-    differences to grow by themselves. Where another block is chosen, the losses differ by far more, so the choices are
-    compared first: the closest in these runs is between scores that are 1e-4 of their size apart, which is a hundred
-    times what rounding moves them by.
+    Both round to eps, but sum in another order: that moves a sum of n terms by sqrt(n) * eps of their size. The longest
+    sums have a term for each token of the batch and head of a group. By so much may the first losses differ. Each step
+    adds as much of what it changes the loss by, which stays below the first loss; there are too few steps for the
+    differences to grow by themselves. Where another block is chosen, losses differ by far more, so the choices are
+    compared first: the closest in these runs is between scores that are 1e-4 of their size apart, a hundred times what
+    rounding moves them by.
     """
     actual, ids = curve(config, "triton")
     expected, expected_ids = curve(config, "reference")
