@@ -93,7 +93,12 @@ def attention_cases(model: Model, tokens: int) -> Iterator[Case]:
     k, v = (empty(windows, model.kv_heads, size) for size in (model.key_dim, model.value_dim))
     state = torch.zeros(tokens, model.heads, 8)
     scale, geometry = model.key_dim**-0.5, (model.window, model.stride)
-    lengths: dict[str, Any] = {"actual_seq_qlen": [tokens], "actual_cmp_seq_kvlen": [windows], "causal": True, "impl": "triton"}
+    lengths: dict[str, Any] = {
+        "actual_seq_qlen": [tokens],
+        "actual_cmp_seq_kvlen": [windows],
+        "causal": True,
+        "impl": "triton",
+    }
     yield Case(
         "nsa_compress_attention", label,
         lambda: nsa_triton.nsa_compress_attention(
@@ -109,7 +114,12 @@ def attention_cases(model: Model, tokens: int) -> Iterator[Case]:
     )  # fmt: skip
     raw_k, raw_v = (empty(tokens, model.kv_heads, size) for size in (model.key_dim, model.value_dim))
     ids = past_blocks(tokens, model)
-    chosen: dict[str, Any] = {"actual_seq_qlen": [tokens], "actual_seq_kvlen": [tokens], "causal": True, "impl": "triton"}
+    chosen: dict[str, Any] = {
+        "actual_seq_qlen": [tokens],
+        "actual_seq_kvlen": [tokens],
+        "causal": True,
+        "impl": "triton",
+    }
     sizes = (scale, model.heads, model.block, model.count)
     yield Case(
         "nsa_select_attention", label,

@@ -214,8 +214,8 @@ def assert_accurate(actual, problem: Problem) -> None:
 
 def assert_gradients_accurate(actual, problem: Problem, grad: Tensor, given) -> None:
     """As good as eager PyTorch, against the reference in float64, all from the output and statistics `given`. Matrix
-    units take dS and P in the dtype of the tensors. The kernels take a row's maximum and the logarithm of its sum as one
-    float32 number, and P is off by its last bit."""
+    units take dS and P in the dtype of the tensors. The kernels take a row's maximum and the logarithm of its sum as
+    one float32 number, and P is off by its last bit."""
     doubled = [part.double() for part in given]
     expected = gradients_of(reference.backward, problem.doubled(), grad.double(), doubled)
     rounded = gradients_of(reference.backward, problem, grad, given)
