@@ -42,9 +42,9 @@ def nsa_select_attention(
     With causal attention query token t sees of them the tokens p <= t only, both counted from the first of their
     segment. An id that is negative or beyond the last block is skipped, wherever it stands; a block that is listed
     twice counts twice. Where nothing is left, and in the rows of `query` behind the last segment, the output is 0.
-    Scores and sums are float32, and the output is rounded once. Adjacent query tokens are worked on together: a value that
-    is not finite may spoil neighbours of those that selected it. Differentiable once in `query`, `key` and `value`,
-    through the output; tokens that nobody selects get a gradient of 0.
+    Scores and sums are float32, and the output is rounded once. Adjacent query tokens are worked on together: a value
+    that is not finite may spoil neighbours of those that selected it. Differentiable once in `query`, `key` and
+    `value`, through the output; tokens that nobody selects get a gradient of 0.
 
     Args:
         query: the query tokens of all segments, packed: [T1, N1, Dk]. Any head sizes. float16 or bfloat16; float32,

@@ -398,6 +398,10 @@ def assert_gradients_right(gradients, problem: GradProblem, slack: float = 1.0) 
     for name, ours, theirs, exact, terms in zip("qkv", gradients, eager, expected, sums, strict=True):
         assert ours.dtype == exact.to(problem.query.dtype).dtype
         assert ours.shape == exact.shape
+        if not exact.any():  # rows that see one token: differences of equal numbers, of which a last bit may be left
+            largest = max(float(part.abs().max()) for part in problem[:4]) ** 3
+            assert float(ours.abs().max()) <= torch.finfo(torch.float32).eps * terms * largest, name
+            continue
         accuracy = judge(ours, theirs, exact, terms=problem.query.shape[2] + terms)
         assert accuracy.rms_error <= slack * accuracy.limit, (name, accuracy)
     assert not gradients[0][problem.query_ends[-1] :].any()
