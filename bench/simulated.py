@@ -11,6 +11,7 @@ import argparse
 import csv
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,10 @@ def row(case: Case, compiler: str, reports: list[LaunchReport]) -> tuple[str, ..
     slowest = max(reports, key=lambda report: report.us)
     share = {**slowest.busy, **slowest.shared}[slowest.critical]
     least = sum(report.us * report.roofline for report in reports)
-    kernels = ", ".join(f"{report.kernel} {report.us:.1f}" for report in reports)
+    of_kernels: dict[str, float] = defaultdict(float)  # some are launched several times
+    for report in reports:
+        of_kernels[report.kernel] += report.us
+    kernels = ", ".join(f"{kernel} {us:.1f}" for kernel, us in of_kernels.items())
     figures = (f"{total:.1f}", slowest.critical, f"{share:.0%}", f"{least / total:.0%}", kernels)
     return case.operator, case.tokens, compiler, *figures
 

@@ -15,7 +15,13 @@ from tests.readme import PAGES, README, regenerated
 
 TEXT = README.read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-PRINTED = ("torch.Size([125, 4, 192])", "torch.Size([2, 1, 16, 128]) torch.Size([2, 1, 16, 128])")
+PRINTED = (
+    "torch.Size([125, 4, 192])",
+    "torch.Size([2048, 4, 8]) torch.Size([2048, 16, 192])",
+    "torch.Size([2, 1, 16, 128]) torch.Size([2, 1, 16, 128])",
+)
+# The second example goes on where the first ended.
+SNIPPETS[1] = SNIPPETS[0] + SNIPPETS[1]
 
 EXAMPLES = list(zip(SNIPPETS, PRINTED, strict=True))
 
@@ -26,7 +32,7 @@ def test_generated_parts_are_current(page):
 
 
 @pytest.mark.skipif(front_end_problem() is not None, reason=f"no Ascend front end: {front_end_problem()}")
-@pytest.mark.parametrize(("snippet", "printed"), EXAMPLES, ids=("training", "decoding"))
+@pytest.mark.parametrize(("snippet", "printed"), EXAMPLES, ids=("compression", "training", "decoding"))
 def test_examples_run_as_printed(snippet, printed, tmp_path):
     run = subprocess.run([sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
