@@ -288,12 +288,28 @@ def assert_near(actual, expected, eps: float) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=4 * eps, atol=max(4 * eps, 1e-5) * scale)
 
 
+def fuzzed(examples: int):
+    """So many examples, the same ones each time."""
+    health = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=health)
+
+
 @pytest.mark.usefixtures("one_thread")
-@settings(
-    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzzed(200)
 @given(problem=any_problem())
 def test_any_ragged_batch(problem, device):
+    check_batch(problem, device)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@fuzzed(1200)
+@given(problem=any_problem())
+def test_many_more_ragged_batches(problem, device):
+    check_batch(problem, device)
+
+
+def check_batch(problem, device) -> None:
     problem = problem.to(device)
     outputs = run(problem)
     expected, _, *statistics = reference.forward(*problem.doubled())

@@ -250,11 +250,26 @@ def any_problem(draw):
     }
 
 
-@settings(
-    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+def fuzzed(examples: int):
+    """So many examples, the same ones each time."""
+    health = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=health)
+
+
+@fuzzed(200)
 @given(call=any_problem())
 def test_any_ragged_batch(call, device):
+    check_batch(call, device)
+
+
+@pytest.mark.slow
+@fuzzed(1200)
+@given(call=any_problem())
+def test_many_more_ragged_batches(call, device):
+    check_batch(call, device)
+
+
+def check_batch(call, device) -> None:
     problem = clean(make(*call[0], **call[1])).to(device)
     output, largest, total = forward(problem)
     expected, expected_largest, expected_total = reference.forward(*problem.doubled())
