@@ -21,8 +21,11 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# Upstream Triton multiplies float32 matrices out: that takes minutes to compile for the larger tiles.
+CASES = [(shape, torch.bfloat16) for shape in SHAPES] + [(SHAPES[2], torch.float32)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_every_kernel_compiles_for_hopper(shape, dtype):
     for planned in launch.compile_plans(GPU, dtype, *shape):
         assert ".target sm_90" in compile_for_hopper(planned), planned.kernel.__name__
