@@ -99,7 +99,7 @@ class SharedMemory:
         self._fresh[name] -= fresh
         fetched = fresh + gone * LINE * weight
         self._fetched += fetched
-        return fetched / (last.size * LINE * weight)
+        return fetched / (last.size * LINE * weight) if weight else (first + gone) / last.size
 
     def _lines(self, view: View) -> np.ndarray | slice:
         """The lines of the L2 that a view touches: a pattern, which repeats, moved to where the view begins."""
@@ -263,27 +263,38 @@ class Clock:
     # ---- loops ----
 
     def rounds(self, plain: range) -> Iterator[int]:
-        """The rounds of a loop that are executed. Of a long one: the first few, then `SAMPLES` groups of `PERIOD`
-        rounds, spread evenly; the time of a group is taken again for every group that it stands for. What is left out
-        is a multiple of the period, so that double buffers and their flags go on as if nothing were missing."""
+        """The rounds of a loop that are executed. Of a long one: the first few, then `SAMPLES` pairs of groups of
+        `PERIOD` rounds, spread evenly; the time of a pair's second group is taken again for every group that it stands
+        for. In the first one the cores of a block, which are not moved ahead equally far, find back into step: their
+        waiting must not be taken again. What is left out is a multiple of the period, so that double buffers and their
+        flags go on as if nothing were missing."""
         groups = len(plain) // PERIOD - 1
         if not self.timing.sampled or groups <= 2 * SAMPLES:
             yield from plain
             return
         head = len(plain) - groups * PERIOD
         yield from plain[:head]
-        outer = self.weight
+        outer, before = self.weight, None
         for sample in range(SAMPLES):
             first, last = groups * sample // SAMPLES, groups * (sample + 1) // SAMPLES
-            at = head + (first + last) // 2 * PERIOD
-            began, stands_for, asked = self.now, last - first, dict(self._asked)
-            self.weight = outer * stands_for
+            group, whole = (first + last) // 2, range(first, last)
+            at = head + group * PERIOD
+            # Rounds of a causal loop grow: with these weights both groups count for the middle of all.
+            weight = sum(whole) - len(whole) * (group - 1)
+            self.weight = outer * (len(whole) - weight)
+            yield from plain[at - PERIOD : at]
+            began, asked = self.now, dict(self._asked)
+            self.weight = outer * weight
             yield from plain[at : at + PERIOD]
             # The other cores ask as much of the shared memory: a group takes at least as long as that.
             shared = max((self._asked[level] - asked.get(level, 0.0) for level in self._asked), default=0.0)
-            took = max(self.now - began, shared / self.weight * self.timing.working[self.role])
+            least = shared / self.weight * self.timing.working[self.role] if self.weight else 0.0
+            took = max(self.now - began, least)
             self.weight = outer
-            self._shift(took * stands_for - (self.now - began))
+            grows = 0.0 if before is None else (took - before[1]) / (group - before[0])
+            rest = len(whole) - 1
+            self._shift(rest * took + grows * (sum(whole) - (group - 1) - rest * group) - (self.now - began))
+            before = group, took
 
     def _shift(self, cycles: float) -> None:
         self.issue += cycles

@@ -59,12 +59,19 @@ def product(compiler: Compiler, n: int, programs: int = CUBES, k: int = 0, **mor
     return timed(compiler, kernels.multiplied, programs, arguments, {"BM": 128, "BN": 256, "BK": 256}, **more)
 
 
+def triangle(compiler: Compiler, n_tiles: int, programs: int, **more: Any) -> LaunchReport:
+    a, b = torch.empty(n_tiles * 64, 64, dtype=torch.float16), torch.empty(n_tiles * 64, 64, dtype=torch.float16)
+    arguments = {"a": a, "b": b, "y": torch.empty(n_tiles * 64, 64), "n_tiles": n_tiles}
+    return timed(compiler, kernels.triangle, programs, arguments, {"BM": 64, "BN": 64, "BK": 64}, **more)
+
+
 WORK: dict[str, Callable[..., LaunchReport]] = {
     "copy": lambda compiler, **more: copy(compiler, 96 * MIB, **more),
     "copy of small tiles": lambda compiler, **more: copy(compiler, 2 * MIB, tile=128, **more),
     "copy in two waves": lambda compiler, **more: copy(compiler, 180 * MIB, programs=60, **more),
     "polynomial": lambda compiler, **more: polynomial(compiler, 2 * MIB, terms=100, **more),
     "product": lambda compiler, **more: product(compiler, 1536, **more),
+    "triangle": lambda compiler, **more: triangle(compiler, 72, programs=1, **more),
     "product of long rows": lambda compiler, **more: product(compiler, 768, programs=18, k=12288, **more),
 }
 

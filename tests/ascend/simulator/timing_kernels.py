@@ -37,3 +37,17 @@ def multiplied(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.cons
             b_b = tl.load(b + (start + o_k)[:, None] * N + r_n[None, :])
             b_c = tl.dot(b_a, b_b, b_c)
         tl.store(c + r_m[:, None] * N + r_n[None, :], b_c)
+
+
+@triton.jit
+def triangle(a, b, y, n_tiles, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Rounds of an inner loop, more for every tile, in which the cube and the vector cores wait for one another."""
+    o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        b_a = tl.load(a + (tile * BM + o_m)[:, None] * BK + o_k[None, :])
+        b_y = tl.zeros([BM, BK], tl.float32)
+        for i in range(tile + 1):
+            b_b = tl.load(b + (i * BN + o_n)[:, None] * BK + o_k[None, :])
+            b_s = tl.exp(tl.dot(b_a, tl.trans(b_b)))
+            b_y = b_y * 0.5 + tl.dot(b_s.to(tl.float16), b_b)
+        tl.store(y + (tile * BM + o_m)[:, None] * BK + o_k[None, :], b_y)
