@@ -37,12 +37,12 @@ def reports(launch: ModuleType, chip_name: str, version: str, shapes: Any) -> li
         pytest.skip(f"ascendnpu-ir {version} is not installed; `nsa-triton compile --compiler {version}` says how")
     compiler = next(compiler for compiler in compilers() if compiler.version == version)
     one = chip(chip_name)
-    target = ascend_target(one.name, one.vector_cores, one.cube_cores)
+    target = ascend_target(one.name, one.vector_cores, one.cube_cores, version)
     found = {}
     for shape in shapes:
         for plan in launch.compile_plans(target, *shape):
             spec = plan.specialization()
-            found[spec.key()] = Job(spec, one.name, compiler, plan.options)
+            found[spec.key()] = Job(spec, one.name, compiler, plan.options, plan.ub_limit)
     return list(compile_many(list(found.values())))
 
 

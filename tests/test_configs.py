@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
 from nsa_triton.errors import ConfigError
-from nsa_triton.runtime.configs import config_root, load, lookup
+from nsa_triton.runtime.configs import config_root, load, lookup, overriding
 from nsa_triton.runtime.target import Target
 
 FILES = sorted(config_root().glob("*/*.json"))
@@ -151,3 +152,34 @@ def test_a_config_folder_that_does_not_exist_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="no such folder"):
         config_root()
+
+
+def test_an_entry_may_be_for_one_compiler(folder):
+    folder("AscendTest", entry(tiles={"BT": 96}, key={"compiler": "1.2.0"}), entry(tiles={"BT": 32}))
+    found = {
+        version: lookup("op", "k", replace(CHIP, compiler=version), {}, 0, ("BT",)).tiles["BT"]
+        for version in ("1.2.0", "1.0.0", None)
+    }
+    assert found == {"1.2.0": 96, "1.0.0": 32, None: 32}
+
+
+def test_an_entry_says_how_much_of_the_unified_buffer_it_takes(folder):
+    folder("AscendTest", entry(), entry(key={"D": 1}, evidence={"how": "default", "ub_limit": 97}, length=1))
+    assert (find().ub_limit, find(D=1).ub_limit) == (80, 97)
+
+
+@pytest.mark.parametrize("limit", [79, 101, 90.5, "90", True])
+def test_a_limit_that_is_none_is_refused(folder, limit):
+    folder("AscendTest", entry(evidence={"how": "default", "ub_limit": limit}))
+    with pytest.raises(ConfigError, match=r"entry 0: evidence.ub_limit: expected an integer in \[80, 100\]"):
+        find()
+
+
+def test_tiles_of_a_kernel_can_be_overridden(folder):
+    folder("AscendTest", entry())
+    with overriding("k", {"BT": 16}, {"npu": {"multibuffer": False}}):
+        with overriding("another", {"BT": 32}):
+            inside = find()
+        assert find() == inside
+    assert (inside.tiles, inside.options) == ({"BT": 16}, {"npu": {"multibuffer": False}})
+    assert find().tiles == {"BT": 64}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from nsa_triton.errors import ArgumentValueError
 
+UB_LIMIT = 80  # percent of the UB; a kernel that needs more usually fits only because something else was given up
+
 
 @dataclass(frozen=True)
 class Chip:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nsa_triton.ascend.bishengir import DEFAULTS, Outcome, bishengir_compile, compile_flags, generic_form
+from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.ascend.chips import chip as chip_named
 from nsa_triton.ascend.hivm_facts import Place, module_facts
 from nsa_triton.ascend.hivm_module import MEMORIES, location_in
@@ -36,6 +37,7 @@ class Job:
     chip: str = ARCH
     compiler: Compiler | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    ub_limit: int = UB_LIMIT  # percent that counts as full
 
     def chosen(self) -> Compiler:
         return self.compiler or installed_compiler()
@@ -143,6 +145,7 @@ def _blank(job: Job) -> CompileReport:
         chip=job.chip,
         compiler=job.chosen().version,
         options=dict(job.options),
+        ub_limit=job.ub_limit,
     )
 
 

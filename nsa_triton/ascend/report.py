@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nsa_triton.ascend.chips import chip
+from nsa_triton.ascend.chips import UB_LIMIT, chip
 from nsa_triton.ascend.hivm_facts import ModuleFacts, Place, ScalarAccess
-
-UB_LIMIT = 0.8  # of the UB; a kernel that needs more usually fits only because something else was given up
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class CompileReport(ModuleFacts):
     chip: str
     compiler: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    ub_limit: int = UB_LIMIT  # percent
     mix_mode: str = ""
     seconds: float = 0.0
     fits: bool = False
@@ -68,6 +67,11 @@ class CompileReport(ModuleFacts):
     @property
     def ub_percent(self) -> float:
         return self.percent("UB")
+
+    @property
+    def fills_ub(self) -> bool:
+        """More of the unified buffer is used than the config allows."""
+        return self.ub_percent > self.ub_limit
 
     def total(self, kind: str) -> int:
         """How many instructions of kind "vector", "cube", "dma" or "sync" the module holds."""
@@ -161,8 +165,8 @@ class CompileReport(ModuleFacts):
                 "Double buffering was dropped to make the kernel fit, so that copies do not overlap with computing: "
                 "lower the BLOCK_ tiles to half, or pass multibuffer=False to say that this is meant"
             )
-        if self.ub_percent > 100 * UB_LIMIT:
-            found.append(f"UB is {self.ub_percent:.0f} % full (limit {100 * UB_LIMIT:.0f} %): lower the BLOCK_ tiles")
+        if self.fills_ub:
+            found.append(f"UB is {self.ub_percent:.0f} % full (limit {self.ub_limit} %): lower the BLOCK_ tiles")
         return found
 
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nsa_triton.ascend.report import UB_LIMIT, CompileReport
+from nsa_triton.ascend.report import CompileReport
 
 
 def report_view(reports: Sequence[CompileReport]) -> Group:
@@ -64,7 +64,7 @@ def _figures(report: CompileReport) -> list[Text]:
     fallbacks = len(report.scalar_fallbacks())
     buffers = Text("lost", style="yellow") if report.double_buffer_dropped else Text(str(report.double_buffers))
     return [
-        Text(f"{report.ub_percent:.0f}", style="yellow" if report.ub_percent > 100 * UB_LIMIT else ""),
+        Text(f"{report.ub_percent:.0f}", style="yellow" if report.fills_ub else ""),
         Text(f"{report.percent('L1'):.0f}"),
         Text(f"{report.percent('L0C'):.0f}"),
         Text(f"{report.workspace / 1024:.0f}"),

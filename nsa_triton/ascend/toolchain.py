@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from nsa_triton.settings import settings
 
 TRITON_ASCEND = "3.2.0"
 ASCENDNPU_IR = "1.2.0"
+NAMED_OTHERWISE = {"0.1.0": "1.0.0"}  # what executables call themselves, and the version of their wheel
 PYTHONS = ((3, 9), (3, 11))  # triton-ascend has wheels for these and those between
 
 INSTALL_CPU = "pip install 'nsa_triton[cpu]'"
@@ -182,6 +184,17 @@ def compiler(version: str | None = None) -> Compiler:
         (f"pip install --no-deps --target {target} ascendnpu-ir=={wanted}",) if found else (INSTALL_CPU,)
     )
     raise ToolchainError(f"ascendnpu-ir {wanted} was not found (found: {have})", commands)
+
+
+@functools.cache
+def compiler_on_path() -> str | None:
+    """The version of the ascendnpu-ir that triton-ascend calls on a machine with an NPU; None if that is not known."""
+    found = shutil.which("bishengir-compile")
+    if found is None:
+        return None
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    version = re.search(r"bishengir-compile\D*(\d+\.\d+\.\d+)", said)
+    return None if version is None else NAMED_OTHERWISE.get(version[1], version[1])
 
 
 def hivmc() -> Path | None:

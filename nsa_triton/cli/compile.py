@@ -13,6 +13,7 @@ scalar fallbacks; s, seconds.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from nsa_triton.ascend.chips import CHIPS, chip
@@ -62,11 +63,10 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     require(front_end_problem())
     versions = [compiler(version) for version in options.compiler or [None]]
     jobs: dict[tuple[str, str, str, str], Job] = {}
-    for one in chips:
-        target = ascend_target(one.name, one.vector_cores, one.cube_cores)
+    for one, version in itertools.product(chips, versions):
+        target = ascend_target(one.name, one.vector_cores, one.cube_cores, version.version)
         for launch in (launch for case in cases for launch in case.plans(target)):
             spec = launch.specialization()
-            for version in versions:
-                job = Job(spec, one.name, version, launch.options)
-                jobs.setdefault((spec.key(), one.name, version.version, repr(launch.options)), job)
+            job = Job(spec, one.name, version, launch.options, launch.ub_limit)
+            jobs.setdefault((spec.key(), one.name, version.version, repr(launch.options)), job)
     return list(jobs.values())

@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.errors import ConfigError
 from nsa_triton.runtime.target import Target
 from nsa_triton.settings import settings
@@ -39,6 +43,11 @@ class Config:
     options: Mapping[str, Mapping[str, Any]]
     evidence: Mapping[str, Any]
     file: Path
+
+    @property
+    def ub_limit(self) -> int:
+        """Percent of the unified buffer that this entry may take."""
+        return int(self.evidence.get("ub_limit", UB_LIMIT))
 
     def matches(self, key: Mapping[str, Any], length: int) -> bool:
         return self.length <= length and all(_fits(wanted, key.get(name)) for name, wanted in self.key.items())
@@ -65,7 +74,27 @@ def _shipped_configs() -> Path:
 
 def lookup(op: str, kernel: str, target: Target, key: Mapping[str, Any], length: int, tiles: tuple[str, ...]) -> Config:
     """The config of `kernel` for this key and length; `tiles` names the tile sizes that the kernel needs."""
-    return _lookup(config_root(), op, kernel, target.name, tuple(key.items()), length, tiles)
+    instead = _OVERRIDES.get().get(kernel)
+    if instead is not None:
+        return instead
+    wanted = {**key, "compiler": target.compiler} if target.compiler else key
+    return _lookup(config_root(), op, kernel, target.name, tuple(wanted.items()), length, tiles)
+
+
+_OVERRIDES: ContextVar[Mapping[str, Config]] = ContextVar("OVERRIDES", default=MappingProxyType({}))
+
+
+@contextmanager
+def overriding(
+    kernel: str, tiles: Mapping[str, int], options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Iterator[None]:
+    """Look-ups of `kernel` inside find these tiles and options whatever the files say: for sweeps and tests."""
+    config = Config(kernel, {}, 0, tiles, options, {"how": "default", "ub_limit": 100}, Path("override"))
+    token = _OVERRIDES.set({**_OVERRIDES.get(), kernel: config})
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -148,4 +177,7 @@ def _checked(file: Path, number: int, entry: Any) -> Config:
             raise refuse(f"options.{kind}", "an object under npu, cuda or cpu", options)
     if entry["evidence"].get("how") not in EVIDENCE:
         raise refuse("evidence.how", f"one of {', '.join(EVIDENCE)}", entry["evidence"].get("how"))
+    limit = entry["evidence"].get("ub_limit", UB_LIMIT)
+    if type(limit) is not int or not UB_LIMIT <= limit <= 100:
+        raise refuse("evidence.ub_limit", f"an integer in [{UB_LIMIT}, 100]", limit)
     return Config(**entry, file=file)

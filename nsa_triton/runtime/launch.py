@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.runtime.executors import Executor
 from nsa_triton.runtime.target import Target
 
@@ -29,6 +30,7 @@ class Launch:
     arguments: Mapping[str, Tensor | int | float]  # in the order of the kernel's parameters
     constexprs: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of target that it was planned for
+    ub_limit: int = UB_LIMIT  # percent of the unified buffer that its config allows
 
     def run(self, target: Target, device: torch.device) -> None:
         executor = INSTEAD.get() or executor_for(target.kind, device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_triton.ascend.toolchain import compiler_on_path
 from nsa_triton.errors import ArgumentValueError
 
 KIND_OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "npu": "npu", "privateuseone": "npu", "meta": "meta"}
@@ -22,6 +23,7 @@ class Target:
     name: str
     vector_cores: int  # cpu: worker threads, cuda: multiprocessors
     cube_cores: int
+    compiler: str | None = None  # npu: the version of ascendnpu-ir that compiles for it, as far as it is known
 
     @property
     def is_ascend_code(self) -> bool:
@@ -90,12 +92,12 @@ def _npu_target(index: int | None) -> Target:
     index = torch.npu.current_device() if index is None else index  # type: ignore[attr-defined]
     properties = driver.active.utils.get_device_properties(index)
     name = torch.npu.get_device_name(index)  # type: ignore[attr-defined]
-    return Target("npu", name, properties["num_vectorcore"], properties["num_aicore"])
+    return Target("npu", name, properties["num_vectorcore"], properties["num_aicore"], compiler_on_path())
 
 
-def ascend_target(chip: str, vector_cores: int, cube_cores: int) -> Target:
+def ascend_target(chip: str, vector_cores: int, cube_cores: int, compiler: str | None = None) -> Target:
     """A chip to compile for on a machine that does not have it."""
-    return Target("npu", chip, vector_cores, cube_cores)
+    return Target("npu", chip, vector_cores, cube_cores, compiler)
 
 
 def present_targets() -> list[str]:

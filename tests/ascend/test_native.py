@@ -628,14 +628,6 @@ def best_seconds(function: Callable[[], Any], repeats: int) -> float:
     return min(once() for _ in range(repeats))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.usefixtures("one_thread")

@@ -162,3 +162,29 @@ def test_the_command_line_reports_a_clobbered_folder_without_a_traceback(tmp_pat
         assert "pip uninstall -y triton triton-ascend" in done.stderr
         assert "Traceback" not in done.stderr
     assert "CLOBBERED" in run("env").stdout
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [
+        ("bishengir-compile 1.2.0 (some/folder 8796a8ac1508 2026-07-29)", "1.2.0"),
+        ("bishengir-compile version 0.1.0 (e4e2ba9841d1 2026-01-16)", "1.0.0"),  # what the one of the wheel 1.0.0 says
+        ("something else", None),
+    ],
+)
+def test_version_of_the_compiler_on_path(says, version, tmp_path, monkeypatch):
+    executable = tmp_path / "bishengir-compile"
+    executable.write_text(f"#!/bin/sh\necho '{says}'\n")
+    executable.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    toolchain.compiler_on_path.cache_clear()
+    assert toolchain.compiler_on_path() == version
+    toolchain.compiler_on_path.cache_clear()
+
+
+@pytest.mark.parametrize("found", toolchain.compilers(), ids=lambda found: found.version)
+def test_compilers_say_the_version_of_their_wheel(found, monkeypatch):
+    monkeypatch.setenv("PATH", f"{found.bin}{os.pathsep}{os.environ['PATH']}")
+    toolchain.compiler_on_path.cache_clear()
+    assert toolchain.compiler_on_path() == found.version
+    toolchain.compiler_on_path.cache_clear()
