@@ -61,16 +61,23 @@ def test_op_folders_never_import_one_another(file):
         assert not others
 
 
-SHARED_SPECIFICATION = PACKAGE / "ops" / "_common" / "block_scores.py"
+SHARED_SPECIFICATION = ("block_scores", "statistics")  # files of _common that references may import
 
 
 @pytest.mark.parametrize(
-    "file", [SHARED_SPECIFICATION, *(PACKAGE / "ops" / op / "reference.py" for op in OPS)], ids=name
+    "file",
+    [
+        *(PACKAGE / "ops" / "_common" / f"{module}.py" for module in SHARED_SPECIFICATION),
+        *(PACKAGE / "ops" / op / "reference.py" for op in OPS),
+    ],
+    ids=name,
 )
 def test_reference_imports_torch_only(file):
-    """And the part of the specification that two ops share, which imports torch only too."""
-    shared = any_under(imports(file), "nsa_triton.ops._common.block_scores")
-    outside = {module.split(".")[0] for module in imports(file) - shared}
+    """And the parts of the specification that several ops share, which import torch only too."""
+    found = imports(file)
+    for module in SHARED_SPECIFICATION:
+        found -= any_under(found, f"nsa_triton.ops._common.{module}")
+    outside = {module.split(".")[0] for module in found}
     assert outside <= {"torch", "math", "__future__"}
 
 

@@ -16,19 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nsa_triton import nsa_compress, nsa_compress_attention, nsa_select_attention
-from tests.ops.select_attention.cases import kernel_problem
+from tests.implementations import kernel_problem
 
-PROBLEM = kernel_problem()
-pytestmark = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums then have the same order on every machine, and tensors this small gain little from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+PROBLEM = kernel_problem("select_attention")
+# With one thread, sums have the same order on every machine.
+pytestmark = [pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM), pytest.mark.usefixtures("one_thread")]
 
 
 @dataclass(frozen=True)

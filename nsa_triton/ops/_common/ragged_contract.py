@@ -20,6 +20,7 @@ from nsa_triton.ops._common.arguments import (
     check_size,
 )
 from nsa_triton.ops._common.lengths import check_prefix_ends, host_ints
+from nsa_triton.ops._common.statistics import STATE
 
 SHAPES = {
     "query": "[T1, N1, Dk]",
@@ -32,7 +33,6 @@ SHAPES = {
 }
 LIKE_QUERY = ("key", "value", "grad", "attention_out")  # in their dtype
 STATISTICS = ("softmax_max", "softmax_sum")
-REPEATS = 8  # of each maximum and each sum, as CANN stores them
 
 Metas = Mapping[str, Meta]
 Ends = tuple[tuple[str, tuple[int, ...]], ...]  # (argument, prefix sums) of the queries, then of the keys
@@ -134,7 +134,7 @@ def check_sizes(call: Metas, given: Mapping[str, int]) -> None:
             _check_shape(name, call[name], (given["T1"], given["query heads"], given["Dv"]), "the shape of the output")
     for name in STATISTICS:
         if name in call:
-            _check_shape(name, call[name], (given["T1"], given["query heads"], REPEATS), f"as {SHAPES[name]} says")
+            _check_shape(name, call[name], (given["T1"], given["query heads"], STATE), f"as {SHAPES[name]} says")
 
 
 def _check_shape(name: str, meta: Meta, shape: tuple[int, ...], why: str) -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.dense import with_dense_rows
 from nsa_triton.ops._common.kernels import sum_parts
+from nsa_triton.ops._common.plans import CallPlan
 from nsa_triton.ops._common.tiles import split, table
 from nsa_triton.ops._common.weights import head_major
 from nsa_triton.ops.compress import kernels
@@ -87,13 +89,13 @@ def chunk_tiles(windows: Windows, per_tile: int, device: torch.device) -> Tensor
     return table(columns, device)
 
 
-class Plan:
+class Plan(CallPlan):
     """What all launches of one call share: target, windows, shape, and how configs are looked up."""
 
     def __init__(self, target: Target, windows: Windows, x: Tensor) -> None:
-        self.target, self.windows = target, windows
+        super().__init__(target, x)
+        self.windows = windows
         self.tokens, self.heads, self.head_dim = x.shape
-        self.dtype, self.device = x.dtype, x.device
 
     def config(self, kernel: str) -> Config:
         length, stride = self.windows.length, self.windows.stride
@@ -122,12 +124,6 @@ class Plan:
             "BR": self.target.tile((per_tile - 1) * stride + length),
             "RESIDENT": self.target.is_ascend_code,
         }
-
-    def launch(
-        self, kernel: Any, items: int, arguments: dict[str, Any], constexprs: dict[str, Any], config: Config
-    ) -> Launch:
-        programs = self.target.programs(items)
-        return Launch(kernel, programs, arguments, constexprs, config.options.get(self.target.kind, {}))
 
 
 def plan_forward(plan: Plan, x: Tensor, w: Tensor, y: Tensor) -> Launch:
@@ -186,17 +182,12 @@ def plan_weight_grad(plan: Plan, g: Tensor, x: Tensor, dw: Tensor) -> tuple[Laun
     return stage_one, plan.launch(sum_parts, items, arguments, dict(config.tiles), config)
 
 
-def with_dense_columns(tensor: Tensor) -> Tensor:
-    """The tensor, copied only if its last dimension is strided: kernels load rows of consecutive elements."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def forward(
     input: Tensor, weight: Tensor, compress_block_size: int, compress_stride: int, ends: tuple[int, ...]
 ) -> Tensor:
     """nsa_compress on the device of `input`, [T, N, D] -> [R, N, D]; there is at least one window."""
     windows = Windows(ends, compress_block_size, compress_stride)
-    x = with_dense_columns(input)
+    x = with_dense_rows(input)
     target = target_of(x.device)
     y = x.new_empty((windows.rows, *x.shape[1:]))
     plan_forward(Plan(target, windows, x), x, head_major(weight), y).run(target, x.device)
@@ -212,7 +203,7 @@ def backward(
     ends: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """Both gradients of nsa_compress, shaped like `input` and `weight`; there is at least one window."""
-    g, x = with_dense_columns(grad), with_dense_columns(input)
+    g, x = with_dense_rows(grad), with_dense_rows(input)
     target = target_of(x.device)
     plan = Plan(target, Windows(ends, compress_block_size, compress_stride), x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

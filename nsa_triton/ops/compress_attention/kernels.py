@@ -8,7 +8,8 @@ group; L raw tokens per compression window, D between two windows. With CAUSAL, 
 windows that end at t or before, i D + L - 1 <= t.
 
 The rows of a tile are BQ query tokens of one head. Tiles of compressed tokens that all rows see come first, without any
-masking; then those that some rows see; those that none sees are not visited.
+masking; then those that some rows see; those that none sees are not visited. The forward kernel with BE = BN masks all
+tiles: one loop needs half the on-chip memory of two, so that its tiles may be larger.
 """
 
 import triton
@@ -126,13 +127,15 @@ def compress_attention_fwd(
         b_m = tl.full([BQ], NO_SCORE, tl.float32)
         b_z = tl.zeros([BQ], tl.float32)
         b_o = tl.zeros([BQ, BV], tl.float32)
-        n_full = 0 if HIDES else seen_by(i_t, n_key, L, D, CAUSAL) // BN * BN
+        n_full = 0
+        if BE < BN and not HIDES:
+            n_full = seen_by(i_t, n_key, L, D, CAUSAL) // BN * BN
+            for i_i in range(0, n_full, BN):
+                b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, BN, DK)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+                b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, BN, DV)
+                b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
         n_end = seen_by(i_t + n_t - 1, n_key, L, D, CAUSAL)
-        for i_i in range(0, n_full, BN):
-            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, BN, DK)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, BN, DV)
-            b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
         # [BQ]
         b_seen = seen_by_rows(o_q.to(tl.float32), i_t, n_key, L, D, CAUSAL)
         for i_i in range(n_full, n_end, BE):
@@ -416,6 +419,7 @@ def compress_attention_bwd_dq(
     HIDES: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
+    BE: tl.constexpr,  # compressed tokens in a tile that some rows do not see all of
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
@@ -423,10 +427,11 @@ def compress_attention_bwd_dq(
 ):
     o_q = tl.arange(0, BQ)
     o_n = tl.arange(0, BN)
+    o_e = tl.arange(0, BE)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    # [BQ, BN]
-    b_column = tl.zeros([BQ, BN], tl.float32) + o_n.to(tl.float32)[None, :]
+    # [BQ, BE]
+    b_column = tl.zeros([BQ, BE], tl.float32) + o_e.to(tl.float32)[None, :]
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_h = i_item % N1
         i_n = i_h // G
@@ -441,28 +446,31 @@ def compress_attention_bwd_dq(
         b_dq = tl.zeros([BQ, BK], tl.float32)
         # At least one tile is masked: the accumulator of a loop that never runs holds what was there before. The rounds
         # of both loops count from 0: ascendnpu-ir 1.0.0 does not survive such products in others.
-        n_full = 0 if HIDES else tl.maximum(seen_by(i_t, n_key, L, D, CAUSAL) - 1, 0) // BN * BN
+        n_full = 0
+        if BE < BN and not HIDES:
+            n_full = tl.maximum(seen_by(i_t, n_key, L, D, CAUSAL) - 1, 0) // BN * BN
         n_end = tl.maximum(seen_by(i_t + n_t - 1, n_key, L, D, CAUSAL), 1)
         # [BQ]
         b_seen = seen_by_rows(o_q.to(tl.float32), i_t, n_key, L, D, CAUSAL)
-        for i_step in range(0, (n_end - n_full + BN - 1) // BN):
-            i_i = n_full + i_step * BN
-            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, n_end - i_i, DK)
-            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, n_end - i_i, DV)
+        for i_step in range(0, (n_end - n_full + BE - 1) // BE):
+            i_i = n_full + i_step * BE
+            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_e, o_k, k_t, n_end - i_i, DK)
+            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_e, o_v, v_t, n_end - i_i, DV)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
             b_p = tl.exp(b_s - b_lse[:, None])
             b_ds = b_p * (tl.dot(b_g, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
             b_ds = tl.where(b_column < (b_seen - i_i * 1.0)[:, None], b_ds, 0.0)
             if HIDES:
-                b_ds = tl.where(hidden(mask, i_t, i_i, o_q, o_n, n_t, n_end, m_t) > 0.0, 0.0, b_ds)
+                b_ds = tl.where(hidden(mask, i_t, i_i, o_q, o_e, n_t, n_end, m_t) > 0.0, 0.0, b_ds)
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
-        for i_i in range(0, n_full, BN):
-            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, BN, DK)
-            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, BN, DV)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-            b_p = tl.exp(b_s - b_lse[:, None])
-            b_ds = b_p * (tl.dot(b_g, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
-            b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
+        if BE < BN and not HIDES:
+            for i_i in range(0, n_full, BN):
+                b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, BN, DK)
+                b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, BN, DV)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+                b_p = tl.exp(b_s - b_lse[:, None])
+                b_ds = b_p * (tl.dot(b_g, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+                b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
         p_dq = dq + (i_row * N1 + i_h) * DK + o_q[:, None] * (N1 * DK) + o_k[None, :]
         tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=(o_q < n_t)[:, None] & (o_k < DK)[None, :])
 
@@ -501,17 +509,19 @@ def compress_attention_bwd_dkv(
     HIDES: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
+    BE: tl.constexpr,  # query tokens in a tile of which some do not see all; divides BQ
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
     o_q = tl.arange(0, BQ)
+    o_e = tl.arange(0, BE)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    # [BN, BQ]
-    b_number = tl.zeros([BN, BQ], tl.float32) + o_n.to(tl.float32)[:, None]
+    # [BN, BE]
+    b_number = tl.zeros([BN, BE], tl.float32) + o_n.to(tl.float32)[:, None]
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_split = i_item % n_splits
         i_n = i_item // n_splits % N2
@@ -520,20 +530,20 @@ def compress_attention_bwd_dkv(
         b_v = load_rows(v + i_row * v_t + i_n * v_n, o_n, o_v, v_t, n_i, DV)
         b_dk = tl.zeros([BN, BK], tl.float32)
         b_dv = tl.zeros([BN, BV], tl.float32)
-        # Query tiles: from the first that sees some token, from the first that sees all, and behind the last whole one.
-        n_first, n_all, n_whole = 0, 0, n_query // BQ
+        # Edge tiles of BE query tokens: the first that sees some token; the first from which on all see all, where a
+        # whole tile of BQ begins; the one behind the last whole tile of BQ; and the end.
+        n_end = (n_query + BE - 1) // BE
+        n_first, n_all, n_whole = 0, n_end, n_end
         if CAUSAL:
-            n_first = (i_i * D + L - 1) // BQ
-            n_all = ((i_i + n_i - 1) * D + L - 1 + BQ - 1) // BQ
-        if HIDES:
-            n_all = n_whole
-        n_end = (n_query + BQ - 1) // BQ
-        n_first = tl.minimum(n_first, n_end)
-        n_all = tl.minimum(tl.maximum(n_all, n_first), n_end)
-        n_whole = tl.maximum(n_whole, n_all)
+            n_first = tl.minimum((i_i * D + L - 1) // BE, n_end)
+        if BE < BQ and not HIDES:
+            n_all, n_whole = n_first, n_query // BQ * (BQ // BE)
+            if CAUSAL:
+                n_all = ((i_i + n_i - 1) * D + L - 1 + BQ - 1) // BQ * (BQ // BE)
+                n_all = tl.minimum(n_all, n_end)
+            n_whole = tl.maximum(n_whole, n_all)
         # Masked are those in [n_first, n_all) and in [n_whole, n_end), each with all heads.
         n_masked = (n_all - n_first + n_end - n_whole) * G
-        n_free = (n_whole - n_all) * G
         # At least one step: the accumulators of a loop that never runs hold what was there before.
         i_masked = n_masked * i_split // n_splits
         n_masked = n_masked * (i_split + 1) // n_splits - i_masked
@@ -541,46 +551,48 @@ def compress_attention_bwd_dkv(
             i_step = i_masked + i_round
             i_tile = n_first + i_step // G
             i_tile = tl.where(i_tile < n_all, i_tile, i_tile - n_all + n_whole)
-            i_t = i_tile * BQ
-            n_t = tl.minimum(n_query - i_t, BQ)
+            i_t = i_tile * BE
+            n_t = tl.minimum(n_query - i_t, BE)
             n_t = tl.where(i_round < n_masked, n_t, 0)
             n_load = tl.maximum(n_t, 1)
             i_h = i_n * G + i_step % G
             i_q = tl.minimum(i_query + i_t, i_query + n_query - 1)
-            b_q = load_rows(q + i_q * q_t + i_h * q_h, o_q, o_k, q_t, n_load, DK)
-            b_g = load_rows(g + i_q * g_t + i_h * g_h, o_q, o_v, g_t, n_load, DV)
+            b_q = load_rows(q + i_q * q_t + i_h * q_h, o_e, o_k, q_t, n_load, DK)
+            b_g = load_rows(g + i_q * g_t + i_h * g_h, o_e, o_v, g_t, n_load, DV)
             i_term = i_h.to(tl.int64) * T + i_q
-            b_lse = tl.load(lse + i_term + o_q, mask=o_q < n_t, other=NEVER)
-            b_delta = tl.load(delta + i_term + o_q, mask=o_q < n_t, other=0.0)
-            # [BQ] tokens of the tile that each row sees; rows that do not exist see nothing
-            b_seen = seen_by_rows(o_q.to(tl.float32), i_t, n_key, L, D, CAUSAL) - i_i * 1.0
-            b_seen = tl.where(o_q.to(tl.float32) < n_t * 1.0, b_seen, 0.0)
+            b_lse = tl.load(lse + i_term + o_e, mask=o_e < n_t, other=NEVER)
+            b_delta = tl.load(delta + i_term + o_e, mask=o_e < n_t, other=0.0)
+            # [BE] tokens of the tile that each row sees; rows that do not exist see nothing
+            b_seen = seen_by_rows(o_e.to(tl.float32), i_t, n_key, L, D, CAUSAL) - i_i * 1.0
+            b_seen = tl.where(o_e.to(tl.float32) < n_t * 1.0, b_seen, 0.0)
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
             b_p = tl.where(b_number < b_seen[None, :], tl.exp(b_s - b_lse[None, :]), 0.0)
             b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
             b_ds = tl.where(b_number < b_seen[None, :], b_p * (b_dp - b_delta[None, :]), 0.0)
             if HIDES:
-                b_hidden = tl.trans(hidden(mask, i_t, i_i, o_q, o_n, n_t, i_i + n_i, m_t))
+                b_hidden = tl.trans(hidden(mask, i_t, i_i, o_e, o_n, n_t, i_i + n_i, m_t))
                 b_p = tl.where(b_hidden > 0.0, 0.0, b_p)
                 b_ds = tl.where(b_hidden > 0.0, 0.0, b_ds)
             b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
-        i_free = n_free * i_split // n_splits
-        for i_round in range(0, n_free * (i_split + 1) // n_splits - i_free):
-            i_step = i_free + i_round
-            i_h = i_n * G + i_step % G
-            i_q = i_query + (n_all + i_step // G) * BQ
-            b_q = load_rows(q + i_q * q_t + i_h * q_h, o_q, o_k, q_t, BQ, DK)
-            b_g = load_rows(g + i_q * g_t + i_h * g_h, o_q, o_v, g_t, BQ, DV)
-            i_term = i_h.to(tl.int64) * T + i_q
-            b_lse = tl.load(lse + i_term + o_q)
-            b_delta = tl.load(delta + i_term + o_q)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
-            b_p = tl.exp(b_s - b_lse[None, :])
-            b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
-            b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
+        if BE < BQ and not HIDES:
+            i_free = (n_whole - n_all) // (BQ // BE) * G * i_split // n_splits
+            n_free = (n_whole - n_all) // (BQ // BE) * G * (i_split + 1) // n_splits - i_free
+            for i_round in range(0, n_free):
+                i_step = i_free + i_round
+                i_h = i_n * G + i_step % G
+                i_q = i_query + n_all * BE + i_step // G * BQ
+                b_q = load_rows(q + i_q * q_t + i_h * q_h, o_q, o_k, q_t, BQ, DK)
+                b_g = load_rows(g + i_q * g_t + i_h * g_h, o_q, o_v, g_t, BQ, DV)
+                i_term = i_h.to(tl.int64) * T + i_q
+                b_lse = tl.load(lse + i_term + o_q)
+                b_delta = tl.load(delta + i_term + o_q)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
+                b_p = tl.exp(b_s - b_lse[None, :])
+                b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
+                b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
         i_out = (i_split * S.to(tl.int64) + i_row) * N2 + i_n
         p_dk = dk + i_out * DK + o_n[:, None] * (N2 * DK) + o_k[None, :]
         tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=(o_n < n_i)[:, None] & (o_k < DK)[None, :])

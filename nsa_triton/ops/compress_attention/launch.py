@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.geometry import Geometry
 from nsa_triton.ops._common.kernels import sum_parts
+from nsa_triton.ops._common.plans import AttentionPlan
+from nsa_triton.ops._common.statistics import LOWEST, STATE
 from nsa_triton.ops._common.tiles import Ragged, key_tiles, query_tiles
 from nsa_triton.ops.compress_attention import kernels
 from nsa_triton.runtime.configs import Config, lookup
@@ -34,63 +37,35 @@ TILES = {
     SCORES: ("BQ", "BN"),
     CHOOSE: ("BR", "BC"),
     TERMS: ("BQ",),
-    DQ: ("BQ", "BN"),
-    DKV: ("BQ", "BN"),
+    DQ: ("BQ", "BN", "BE"),
+    DKV: ("BQ", "BN", "BE"),
     SUM: ("BP", "BE"),
 }
-STATE = 8  # copies of a row's maximum and of its sum
 CHUNK = 6144  # rows (query tokens times kv heads) whose block scores are in memory at a time
 # Tiles of keys times parts are about this many at least: enough for the cores of every known chip. A constant, because
 # the order of summation, and with it every bit of the result, must not depend on cores or threads.
 PARTS = 128
-LOWEST = torch.finfo(torch.float32).min
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Windows and selection blocks, in raw tokens."""
-
-    block: int  # l, of a compression window
-    stride: int  # d, between windows
-    select: int  # l', of a selection block
-    shift: int  # 0 for CANN's scores, 1 for true overlap
-
-    @property
-    def strides(self) -> int:
-        """M, strides per selection block."""
-        return self.select // self.stride
-
-    @property
-    def reach(self) -> int:
-        """NN, strides per window."""
-        return self.block // self.stride
-
-    def count(self, distance: int) -> int:
-        """How often a token counts for a block whose last token is `distance` tokens behind it."""
-        u = distance - self.shift
-        return max(0, min(u + 1, self.reach, self.strides + self.reach - 1 - u)) if u >= 0 else 0
-
-    @property
-    def counts(self) -> tuple[tuple[int, ...], ...]:
-        """[3, M] how often the tokens of a block count for it, for the next block, and for the one before."""
-        strides = self.strides
-        return tuple(
-            tuple(self.count(strides * (1 + block) - token) for token in range(strides)) for block in (0, 1, -1)
-        )
+def counts(geometry: Geometry) -> np.ndarray:
+    """[3, M] how often the tokens of a block count for it, for the next block, and for the one before."""
+    strides = geometry.strides
+    ends = strides * np.array([1, 2, 0]) - geometry.shift
+    return geometry.multiplicity(ends[:, None] - np.arange(strides))
 
 
 @functools.lru_cache(maxsize=64)
 def fold_matrix(geometry: Geometry, planes: tuple[int, ...], rows: int, tokens: int, device: torch.device) -> Tensor:
-    """[rows, tokens] float32: in the row of block j and plane p, `geometry.counts[p]` at the tokens of the block."""
+    """[rows, tokens] float32: in the row of block j and plane p, `counts(geometry)[p]` at the tokens of the block."""
     strides = geometry.strides
     fold = torch.zeros(rows, tokens)
-    counts = torch.tensor([geometry.counts[plane] for plane in planes], dtype=torch.float32)
+    of_block = torch.from_numpy(counts(geometry)[list(planes)])
     for block in range(tokens // strides):
-        fold[block * len(planes) : (block + 1) * len(planes), block * strides : (block + 1) * strides] = counts
+        fold[block * len(planes) : (block + 1) * len(planes), block * strides : (block + 1) * strides] = of_block
     return fold.to(device)
 
 
-class Plan:
+class Plan(AttentionPlan):
     """What the launches of one call share: target, batch, shapes, masks."""
 
     def __init__(
@@ -105,11 +80,8 @@ class Plan:
         stride: int,
         causal: bool,
     ) -> None:
-        self.target, self.ragged, self.mask = target, ragged, mask
-        self.dtype, self.device = query.dtype, query.device
-        self.tokens, self.heads, self.key_dim = query.shape
-        self.compressed, self.kv_heads, self.value_dim = value.shape
-        self.group = self.heads // self.kv_heads
+        super().__init__(target, query, value)
+        self.compressed, self.ragged, self.mask = len(value), ragged, mask
         of_mask = 0 if mask is None else mask.stride(0)
         self._strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2], of_mask)
         self._windows = {"L": block, "D": stride, "CAUSAL": causal}
@@ -124,10 +96,6 @@ class Plan:
         }
         return lookup(OP, kernel, self.target, key, self.tokens, TILES[kernel])
 
-    def dot_tile(self, size: int) -> int:
-        """A side of a matrix product: exact on Ascend, at least 16 and a power of two elsewhere."""
-        return size if self.target.is_ascend_code else max(16, self.target.tile(size))
-
     @property
     def strides(self) -> dict[str, int]:
         return dict(zip(("q_t", "q_h", "k_t", "k_n", "v_t", "v_n", "m_t"), self._strides, strict=True))
@@ -138,29 +106,6 @@ class Plan:
     @property
     def windows(self) -> dict[str, Any]:
         return {**self._windows, "HIDES": self.mask is not None}
-
-    @property
-    def head_tiles(self) -> dict[str, int]:
-        """The head sizes, and the tiles that hold them."""
-        return {
-            "DK": self.key_dim,
-            "DV": self.value_dim,
-            "BK": self.dot_tile(self.key_dim),
-            "BV": self.dot_tile(self.value_dim),
-        }
-
-    def launch(
-        self,
-        kernel: Any,
-        items: int,
-        arguments: dict[str, Any],
-        constexprs: dict[str, Any],
-        config: Config,
-        *,
-        uses_cube: bool = True,
-    ) -> Launch:
-        programs = self.target.programs(items, uses_cube=uses_cube)
-        return Launch(kernel, programs, arguments, constexprs, config.options.get(self.target.kind, {}))
 
 
 def plan_attention(
@@ -183,7 +128,7 @@ def plan_attention(
         **plan.strides,
     }  # fmt: skip
     constexprs = {"G": plan.group, **plan.windows, "W": STATE, **config.tiles, **plan.head_tiles}
-    return plan.launch(kernels.compress_attention_fwd, items, arguments, constexprs, config)
+    return plan.launch(kernels.compress_attention_fwd, items, arguments, constexprs, config, uses_cube=True)
 
 
 def plan_blocks(
@@ -202,7 +147,7 @@ def plan_blocks(
     config, choose = plan.config(SCORES), plan.config(CHOOSE, count=ids.shape[2])
     strides, queries = geometry.strides, config.tiles["BQ"]
     blocks = max(1, config.tiles["BN"] // strides)
-    planes = tuple(plane for plane, counts in enumerate(geometry.counts) if plane == 0 or any(counts))
+    planes = tuple(plane for plane, own in enumerate(counts(geometry)) if plane == 0 or own.any())
     tokens, rows = plan.dot_tile(blocks * strides), plan.dot_tile(blocks * len(planes))
     most = int(plan.ragged.keys.max(initial=0))  # compressed tokens of a segment
     tiles = query_tiles(plan.ragged, queries, plan.device)
@@ -231,13 +176,13 @@ def plan_blocks(
             "sums": sums, "scale": scale, **now, "N1": plan.heads, "N2": plan.kv_heads, "T": plan.tokens,
             **{name: plan.strides[name] for name in ("q_t", "q_h", "k_t", "k_n", "m_t")},
         }  # fmt: skip
-        yield plan.launch(kernels.compress_attention_scores, items, arguments, constexprs, config)
+        yield plan.launch(kernels.compress_attention_scores, items, arguments, constexprs, config, uses_cube=True)
         arguments = {
             "sums": sums, "forced": tiles if forced is None else forced, "tiles": tiles, "ids": ids, **now,
             "N2": plan.kv_heads, "t_t": 0 if forced is None else forced.stride(0),
         }  # fmt: skip
         parts = items * (queries // at_once)
-        yield plan.launch(kernels.compress_attention_choose, parts, arguments, choices, choose, uses_cube=False)
+        yield plan.launch(kernels.compress_attention_choose, parts, arguments, choices, choose)
 
 
 def plan_terms(
@@ -252,7 +197,7 @@ def plan_terms(
         "o_t": out.stride(0), "o_h": out.stride(1),
     }  # fmt: skip
     constexprs = {"W": STATE, **config.tiles, "DV": plan.value_dim, "BV": plan.target.tile(plan.value_dim)}
-    return plan.launch(kernels.compress_attention_terms, items, arguments, constexprs, config, uses_cube=False)
+    return plan.launch(kernels.compress_attention_terms, items, arguments, constexprs, config)
 
 
 def plan_query_grad(plan: Plan, given: dict[str, Tensor], scale: float, dq: Tensor) -> Launch:
@@ -265,14 +210,14 @@ def plan_query_grad(plan: Plan, given: dict[str, Tensor], scale: float, dq: Tens
         "N1": plan.heads, "T": plan.tokens, **strides, **plan.strides,
     }  # fmt: skip
     constexprs = {"G": plan.group, **plan.windows, **config.tiles, **plan.head_tiles}
-    return plan.launch(kernels.compress_attention_bwd_dq, items, arguments, constexprs, config)
+    return plan.launch(kernels.compress_attention_bwd_dq, items, arguments, constexprs, config, uses_cube=True)
 
 
 def plan_key_grads(plan: Plan, given: dict[str, Tensor], scale: float, dk: Tensor, dv: Tensor) -> Iterator[Launch]:
     config = plan.config(DKV)
     tiles = key_tiles(plan.ragged, config.tiles["BN"], plan.device, with_queries=True)
     items = len(tiles) * plan.kv_heads
-    steps = -(-int(plan.ragged.queries.max(initial=0)) // config.tiles["BQ"]) * plan.group
+    steps = -(-int(plan.ragged.queries.max(initial=0)) // config.tiles["BE"]) * plan.group
     splits = max(1, min(steps, PARTS // max(1, items)))
     grads, rows = (dk, dv), plan.ragged.key_ends[-1]
     parts = [dk, dv]
@@ -288,14 +233,14 @@ def plan_key_grads(plan: Plan, given: dict[str, Tensor], scale: float, dk: Tenso
         **strides, **plan.strides,
     }  # fmt: skip
     constexprs = {"G": plan.group, **plan.windows, **config.tiles, **plan.head_tiles}
-    yield plan.launch(kernels.compress_attention_bwd_dkv, items * splits, arguments, constexprs, config)
+    yield plan.launch(kernels.compress_attention_bwd_dkv, items * splits, arguments, constexprs, config, uses_cube=True)
     if splits > 1:
         config = plan.config(SUM)
         for part, grad in zip(parts, grads, strict=True):
             size = part[0].numel()
             arguments = {"parts": part, "out": grad, "n_parts": splits, "size": size}
             items = -(-size // config.tiles["BE"])
-            yield plan.launch(sum_parts, items, arguments, dict(config.tiles), config, uses_cube=False)
+            yield plan.launch(sum_parts, items, arguments, dict(config.tiles), config)
 
 
 def forward(

@@ -15,9 +15,11 @@ from torch import Tensor
 from nsa_triton.errors import ArgumentValueError
 from nsa_triton.limits import mode_in_force
 from nsa_triton.ops._common.arguments import check_importance
+from nsa_triton.ops._common.dense import with_dense_rows
 from nsa_triton.ops._common.implementation import launcher, run
-from nsa_triton.ops._common.ragged_contract import REPEATS, STATISTICS
+from nsa_triton.ops._common.ragged_contract import STATISTICS
 from nsa_triton.ops._common.registration import register
+from nsa_triton.ops._common.statistics import STATE
 from nsa_triton.ops.compress_attention import reference
 from nsa_triton.ops.compress_attention.contract import MASKS, NUMBERS, TENSORS, check_call
 
@@ -91,7 +93,7 @@ def _compress_attention_fake(*arguments: Any) -> Outputs:
 def _outputs(call: Call) -> Outputs:
     query, value = call.query, call.value
     ids = query.new_empty((query.shape[0], value.shape[1], call.select_block_count), dtype=torch.int32)
-    largest, total = (query.new_empty((*query.shape[:2], REPEATS), dtype=torch.float32) for _ in range(2))
+    largest, total = (query.new_empty((*query.shape[:2], STATE), dtype=torch.float32) for _ in range(2))
     return query.new_empty((*query.shape[:2], value.shape[2])), ids, largest, total
 
 
@@ -136,14 +138,9 @@ def _canonical(call: Call | GradCall) -> tuple[Any, ...]:
     del parts["impl"]
     for name, part in parts.items():
         if isinstance(part, Tensor):
-            parts[name] = part.contiguous() if name in STATISTICS else _with_dense_rows(part)
+            dense = part.contiguous() if name in STATISTICS else with_dense_rows(part)
+            parts[name] = dense.view(torch.uint8) if dense.dtype == torch.bool else dense  # the same bytes
     return tuple(tuple(part) if isinstance(part, list) else part for part in parts.values())
-
-
-def _with_dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only if its last dimension is strided; a bool mask as uint8, which has the same bytes."""
-    dense = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-    return dense.view(torch.uint8) if dense.dtype == torch.bool else dense
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

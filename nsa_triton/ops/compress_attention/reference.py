@@ -42,9 +42,8 @@ import torch
 from torch import Tensor
 
 from nsa_triton.ops._common import block_scores
+from nsa_triton.ops._common.statistics import LOWEST, STATE
 
-LOWEST = torch.finfo(torch.float32).min  # m, where nothing is seen
-REPEATS = 8  # of each m and z
 Ends = tuple[int, ...]
 
 
@@ -207,7 +206,7 @@ def head_major(statistic: Tensor, query_ends: Ends) -> Tensor:
     """[T1, N1, 8] of m or z [T1, N1], head after head within each segment."""
     parts = [statistic[queries].t().flatten() for queries, _ in segments(query_ends, query_ends)]
     flat = torch.cat([*parts, statistic[query_ends[-1] :].flatten()])
-    return flat.view(*statistic.shape, 1).repeat(1, 1, REPEATS)
+    return flat.view(*statistic.shape, 1).repeat(1, 1, STATE)
 
 
 def query_major(statistic: Tensor, query_ends: Ends) -> Tensor:

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_triton.ops._common.paged_plan import JOINED, STATE, PagedPlan, cut_length
+from nsa_triton.ops._common.geometry import Geometry
+from nsa_triton.ops._common.paged_plan import JOINED, PagedPlan
+from nsa_triton.ops._common.plans import cut_length
+from nsa_triton.ops._common.statistics import STATE
 from nsa_triton.ops.compress_attention_infer import kernels
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
@@ -25,24 +28,10 @@ MOST_QUERIES = 4  # query tokens per tile
 
 
 @dataclass(frozen=True)
-class Geometry:
+class TileGeometry(Geometry):
     """How tiles of compressed tokens lie to selection blocks."""
 
-    block: int  # l, raw tokens per compression window
-    stride: int  # d, raw tokens between windows
-    select: int  # l', raw tokens per selection block
     cut: int  # compressed tokens per tile
-    shift: int  # 0 for CANN's scores, 1 for true overlap
-
-    @property
-    def strides(self) -> int:
-        """M, strides per selection block."""
-        return self.select // self.stride
-
-    @property
-    def reach(self) -> int:
-        """NN, strides per window."""
-        return self.block // self.stride
 
     @property
     def phases(self) -> int:
@@ -58,24 +47,21 @@ class Geometry:
 
 
 @functools.lru_cache(maxsize=64)
-def fold_weights(geometry: Geometry, tokens: int, columns: int, device: torch.device) -> Tensor:
-    """[phases, tokens, columns] how often token x of a tile counts for block c, by the distance x0 of tile and block.
-
-    The multiplicity of offset u = M c - x + x0 is min(u + 1, NN, M + NN - 1 - u), if that is positive.
-    """
+def fold_weights(geometry: TileGeometry, tokens: int, columns: int, device: torch.device) -> Tensor:
+    """[phases, tokens, columns] how often a token of a tile counts for a block, by the distance of tile and block."""
     distance = np.arange(geometry.strides) if geometry.phases > 1 else np.array([_phase(geometry, 0)])
-    u = geometry.strides * np.arange(columns) - np.arange(tokens)[:, None] + distance[:, None, None]
-    counts = np.minimum(np.minimum(u + 1, geometry.reach), geometry.strides + geometry.reach - 1 - u)
+    offset = geometry.strides * np.arange(columns) - np.arange(tokens)[:, None] + distance[:, None, None]
+    counts = geometry.multiplicity(offset)
     counts[:, geometry.cut :] = 0
-    return torch.from_numpy(np.maximum(counts, 0).astype(np.float32)).to(device)
+    return torch.from_numpy(counts.astype(np.float32)).to(device)
 
 
-def _phase(geometry: Geometry, tile: int) -> int:
+def _phase(geometry: TileGeometry, tile: int) -> int:
     return (int(geometry.first_block(tile)) + 1) * geometry.strides - geometry.shift - tile * geometry.cut
 
 
 @functools.lru_cache(maxsize=64)
-def first_blocks(geometry: Geometry, tiles: int, device: torch.device) -> Tensor:
+def first_blocks(geometry: TileGeometry, tiles: int, device: torch.device) -> Tensor:
     """[tiles] the first block that the tokens of each tile may count for, as float32."""
     return torch.from_numpy(np.asarray(geometry.first_block(np.arange(tiles)), dtype=np.float32)).to(device)
 
@@ -95,15 +81,15 @@ class Plan(PagedPlan):
         key: Tensor,
         value: Tensor,
         block_table: Tensor,
-        geometry: tuple[int, ...],
+        geometry: Geometry,
         count: int,
     ) -> None:
         super().__init__(OP, target, query, key, value, block_table)
         each = -(-self.tokens // self.batch)
-        block, stride, select, shift = geometry
-        self.split_config = self.config(SPLIT, TILES[SPLIT], {"queries": each, "strides": select // stride})
+        self.split_config = self.config(SPLIT, TILES[SPLIT], {"queries": each, "strides": geometry.strides})
         self.choose_config = self.config(CHOOSE, TILES[CHOOSE], {"count": count})
-        self.geometry = Geometry(block, stride, select, cut_length(self.page, self.split_config.tiles["BN"]), shift)
+        cut = cut_length(self.page, self.split_config.tiles["BN"])
+        self.geometry = TileGeometry(geometry.block, geometry.stride, geometry.select, geometry.shift, cut)
         rows = self.split_config.tiles["BR"]
         self.head_rows = min(rows, self.group)
         self.queries = max(1, min(MOST_QUERIES, each, rows // self.group))
@@ -198,9 +184,7 @@ def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, i
         "BT": tiles, "CHUNKED": chunks > 1, "BC": target.tile(count),
         "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
     }  # fmt: skip
-    return plan.launch(
-        kernels.compress_attention_choose, items, arguments, constexprs, plan.choose_config, uses_cube=False
-    )
+    return plan.launch(kernels.compress_attention_choose, items, arguments, constexprs, plan.choose_config)
 
 
 def forward(
@@ -220,8 +204,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, N1, DV] and ids [T, N2, K] on the device of `query`; the arguments are those of the operator."""
     target = target_of(query.device)
-    shape = (compress_block_size, compress_stride, select_block_size, int(importance == "overlap"))
-    plan = Plan(target, query, key, value, block_table, shape, select_block_count)
+    geometry = Geometry(compress_block_size, compress_stride, select_block_size, int(importance == "overlap"))
+    plan = Plan(target, query, key, value, block_table, geometry, select_block_count)
     out = query.new_empty((plan.tokens, plan.heads, plan.value_dim))
     ids = query.new_empty((plan.tokens, plan.kv_heads, select_block_count), dtype=torch.int32)
     if rows is not None:  # the kernels do not come to rows that are nobody's
@@ -258,7 +242,8 @@ def compile_plans(
     query, lengths = meta(rows, heads, key_dim), meta(batch, dtype=ints)
     key, value = meta(1024, page, kv_heads, key_dim), meta(1024, page, kv_heads, value_dim)
     table = meta(batch, -(-max_tokens // page), dtype=ints)
-    plan = Plan(target, query, key, value, table, (compress_block_size, compress_stride, block, 0), count)
+    geometry = Geometry(compress_block_size, compress_stride, block, 0)
+    plan = Plan(target, query, key, value, table, geometry, count)
     hides = lengths if tokens > 1 else None
     out = meta(rows, heads, value_dim)
     return [

@@ -70,7 +70,7 @@ def plan_forward(
     }  # fmt: skip
     constexprs = {"L": length, "S": stride, "C": rows, "BD": wide, "PAGED": paged}
     options = config.options.get(target.kind, {})
-    return Launch(kernels.compress_infer, target.programs(items), arguments, constexprs, options)
+    return Launch(kernels.compress_infer, target.programs(items), arguments, constexprs, options, config.ub_limit)
 
 
 def forward(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_triton.ops._common.paged_plan import cut_length
+from nsa_triton.ops._common.plans import AttentionPlan, cut_length
+from nsa_triton.ops._common.statistics import LOWEST, STATE
 from nsa_triton.ops._common.tiles import Ragged, key_tiles, query_tiles, split, table
 from nsa_triton.ops.select_attention import kernels
 from nsa_triton.runtime.configs import Config, lookup
@@ -39,8 +40,6 @@ GROUP = 8  # blocks whose tiles are counted at once
 PARTS = 256  # about as many parts the lists of tiles are cut into, enough for the cores of every known chip
 MOST_TOKENS = 16  # query tokens per tile
 MOST_ENTRIES = 64  # ids per tile, if it has several tokens
-STATE = 8  # copies of a row's maximum and of its sum
-LOWEST = torch.finfo(torch.float32).min
 
 
 def tiles_with_keys(ragged: Ragged, per_tile: int) -> np.ndarray:
@@ -69,7 +68,7 @@ def block_groups(
     return table(columns, device)
 
 
-class Plan:
+class Plan(AttentionPlan):
     """Target, shapes and tiles of one call: forward, or backward."""
 
     def __init__(
@@ -84,14 +83,11 @@ class Plan:
         block: int,
         causal: bool,
     ) -> None:
-        self.target, self.ragged, self.block, self.causal = target, ragged, block, causal
-        self.dtype, self.device = query.dtype, query.device
-        self.tokens, self.heads, self.key_dim = query.shape
-        self.kv_heads, self.value_dim = value.shape[1:]
-        self.group, self.count = self.heads // self.kv_heads, topk_indices.shape[2]
+        super().__init__(target, query, value)
+        self.ragged, self.block, self.causal, self.count = ragged, block, causal, topk_indices.shape[2]
         rows = self.config(kernel).tiles["BR"]
         self.head_rows = min(rows, self.group)
-        self.head_tiles = -(-self.group // self.head_rows)
+        self.tiles_per_group = -(-self.group // self.head_rows)
         self.pack = max(1, min(MOST_TOKENS, MOST_ENTRIES // self.count, rows // self.group))
         self.entries = self.pack * self.count
         # Backward, nothing is done for segments without keys.
@@ -151,7 +147,7 @@ class Plan:
 
     @property
     def tile_items(self) -> int:
-        return len(self.tiles) * self.kv_heads * self.head_tiles
+        return len(self.tiles) * self.kv_heads * self.tiles_per_group
 
     @property
     def tile_arguments(self) -> dict[str, Any]:
@@ -168,26 +164,8 @@ class Plan:
             "G": self.group, "K": self.count, "L": self.block, "CUT": cut, "PACK": self.pack, "E": self.entries,
             "U": self.union_width,
             "CAUSAL": self.causal, "BH": self.head_rows, "BR": self.dot_tile(rows), "BN": self.dot_tile(cut),
-            "BI": self.target.tile(self.count), "DK": self.key_dim, "DV": self.value_dim,
-            "BK": self.dot_tile(self.key_dim), "BV": self.dot_tile(self.value_dim),
+            "BI": self.target.tile(self.count), **self.head_tiles,
         }  # fmt: skip
-
-    def dot_tile(self, size: int) -> int:
-        """A side of a matrix product: exact on Ascend, at least 16 and a power of two elsewhere."""
-        return size if self.target.is_ascend_code else max(16, self.target.tile(size))
-
-    def launch(
-        self,
-        kernel: Any,
-        items: int,
-        arguments: dict[str, Any],
-        constexprs: dict[str, Any],
-        config: Config,
-        *,
-        uses_cube: bool = False,
-    ) -> Launch:
-        programs = self.target.programs(items, uses_cube=uses_cube)
-        return Launch(kernel, programs, arguments, constexprs, config.options.get(self.target.kind, {}))
 
 
 def plan_union(plan: Plan) -> Launch:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_triton.limits import mode_in_force
+from nsa_triton.ops._common.dense import with_dense_rows
 from nsa_triton.ops._common.implementation import launcher, run
 from nsa_triton.ops._common.indices import as_int32
-from nsa_triton.ops._common.ragged_contract import REPEATS
 from nsa_triton.ops._common.registration import register
+from nsa_triton.ops._common.statistics import STATE
 from nsa_triton.ops.select_attention import reference
 from nsa_triton.ops.select_attention.contract import check_call, refuse_bad_ids
 from nsa_triton.settings import settings
@@ -85,7 +86,7 @@ def _select_attention_fake(*arguments: Any) -> Outputs:
 
 def _outputs(tensors: Forward) -> Outputs:
     query = tensors.query
-    softmax_max, softmax_sum = (query.new_empty((*query.shape[:2], REPEATS), dtype=torch.float32) for _ in range(2))
+    softmax_max, softmax_sum = (query.new_empty((*query.shape[:2], STATE), dtype=torch.float32) for _ in range(2))
     return query.new_empty((*query.shape[:2], tensors.value.shape[2])), softmax_max, softmax_sum
 
 
@@ -126,7 +127,7 @@ def _canonical(tensors: Tensors, rest: Rest) -> tuple[Any, ...]:
     query_ends, key_ends = tuple(rest.query_ends), tuple(rest.key_ends)
     if settings().check_indices:
         refuse_bad_ids(ids, query_ends, key_ends, rest.select_block_size)
-    rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in others)
+    rows = map(with_dense_rows, others)
     ids = as_int32("topk_indices", ids).contiguous()
     return (*rows, ids, query_ends, key_ends, rest.scale, rest.select_block_size, rest.causal)
 

@@ -32,8 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOWEST = torch.finfo(torch.float32).min
-REPEATS = 8  # of each maximum and each sum, as CANN stores them
+from nsa_triton.ops._common.statistics import LOWEST, STATE
 
 
 def forward(
@@ -57,8 +56,8 @@ def forward(
     precision = precision or torch.promote_types(query.dtype, torch.float32)
     queries, keys, values = (tensor.to(precision) for tensor in (query, key, value))
     out = queries.new_zeros((*query.shape[:2], value.shape[2]))
-    largest, total = (queries.new_zeros(query.shape[:2], dtype=_widened(precision)) for _ in range(2))
-    largest.fill_(LOWEST)
+    total = queries.new_zeros(query.shape[:2], dtype=torch.promote_types(precision, torch.float32))
+    largest = torch.full_like(total, LOWEST)
     for row, place in _rows(topk_indices, query_ends, key_ends, select_block_size, causal):
         scores = _scores(queries[row], _gathered(keys, place), place, scale)
         nothing = ~(place >= 0).any(-1)[:, None, None]
@@ -69,7 +68,7 @@ def forward(
         out[row] = (weights @ _gathered(values, place)).flatten(0, 1)
         largest[row] = best.to(largest.dtype).masked_fill(nothing, LOWEST).flatten()
         total[row] = sums.flatten()
-    softmax_max, softmax_sum = (numbers.unsqueeze(-1).repeat(1, 1, REPEATS) for numbers in (largest, total))
+    softmax_max, softmax_sum = (numbers.unsqueeze(-1).repeat(1, 1, STATE) for numbers in (largest, total))
     return out.to(query.dtype), softmax_max, softmax_sum
 
 
@@ -150,7 +149,3 @@ def _scores(query: Tensor, keys: Tensor, place: Tensor, scale: float) -> Tensor:
 def _grouped(of_heads: Tensor, kv_heads: Tensor) -> Tensor:
     """[N1, ...] as [N2, G, ...], where `kv_heads` is [N2, ...]."""
     return of_heads.view(len(kv_heads), -1, *of_heads.shape[1:])
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

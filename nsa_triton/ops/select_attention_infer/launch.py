@@ -7,7 +7,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from nsa_triton.ops._common.paged_plan import JOINED, STATE, PagedPlan, cut_length
+from nsa_triton.ops._common.paged_plan import JOINED, PagedPlan
+from nsa_triton.ops._common.plans import cut_length
+from nsa_triton.ops._common.statistics import STATE
 from nsa_triton.ops.select_attention_infer import kernels
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
@@ -68,7 +70,7 @@ def plan_launches(
         "BP": target.tile(min(splits, JOINED)),
         "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
     }  # fmt: skip
-    return [first, plan.launch(kernels.select_attention_join, items, arguments, constexprs, config, uses_cube=False)]
+    return [first, plan.launch(kernels.select_attention_join, items, arguments, constexprs, config)]
 
 
 def forward(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_triton.limits import mode_in_force
+from nsa_triton.ops._common.dense import with_dense_rows
 from nsa_triton.ops._common.implementation import launcher, run
 from nsa_triton.ops._common.registration import register
 from nsa_triton.ops.select_attention_infer import reference
@@ -45,7 +46,7 @@ def _select_attention_infer(*arguments: Any) -> OutputAndLse:
     if settings().check_indices:
         refuse_bad_indices(call.key, *call[3:7], call.select_block_size)
     # Kernels want dense indices and rows of consecutive elements. These tensors are small; a cache is never copied.
-    query = call.query if call.query.stride(-1) == 1 else call.query.contiguous()
+    query = with_dense_rows(call.query)
     indices = [None if given is None else given.contiguous() for given in call[3:7]]
     dense: tuple[Any, ...] = (query, call.key, call.value, *indices, call.scale, call.select_block_size)
 

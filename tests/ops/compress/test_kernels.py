@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton.ops._common.accuracy import judge
 from nsa_triton.ops.compress import reference
+from tests.dtypes import shapes_in_dtypes
+from tests.fuzzing import fuzzed
 
 pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for cpu and npu, triton for cuda")
 
 from nsa_triton.ops.compress import launch
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # lengths, heads, head size, window, stride
 SHAPES = [
     ((512,), 4, 128, 32, 16),
@@ -26,6 +27,9 @@ SHAPES = [
     ((97, 96, 95), 5, 48, 64, 48),
     ((257,), 128, 16, 16, 16),
 ]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OWN = [BF16, FP16, FP32, BF16, FP32, BF16, FP16, FP32]  # dtype of each
+each_shape = shapes_in_dtypes(SHAPES, OWN, SHAPES[3])
 
 
 def make(lengths, heads, head_dim, block, stride, dtype, device, seed=0):
@@ -46,16 +50,14 @@ def assert_accurate(actual, call, inputs, geometry, index, terms):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_forward_is_as_accurate_as_eager(shape, dtype, device):
     _, x, w, geometry = make(*shape, dtype, device)
     assert_accurate(launch.forward(x, w, *geometry), reference.forward, (x, w), geometry, 0, terms=shape[3])
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_gradients_are_as_accurate_as_eager(shape, dtype, device):
     g, x, w, geometry = make(*shape, dtype, device)
     dx, dw = launch.backward(g, x, w, *geometry)
@@ -145,9 +147,8 @@ def ragged_calls(draw):
     return tuple(lengths), draw(st.integers(1, 5)), head_dim, block, stride, dtype, draw(st.integers(0, 99))
 
 
-@settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@pytest.mark.usefixtures("one_thread")
+@fuzzed(150)
 @given(call=ragged_calls())
 def test_any_ragged_batch(call, device):
     *shape, dtype, seed = call

@@ -7,12 +7,13 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton import npu_nsa_compress, npu_nsa_compress_grad, nsa_compress, nsa_compress_grad
 from nsa_triton.ops._common import implementation
 from nsa_triton.ops.compress import reference
+from tests.fuzzing import fuzzed
 from tests.ops.compress.cases import (
     MINDSPORE_CASES,
     assert_cann_close,
@@ -74,7 +75,7 @@ def test_gradient_of_the_gradient_function():
     assert torch.autograd.gradcheck(call, arguments, fast_mode=True)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@fuzzed(200)
 @given(
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6),
     heads=st.integers(1, 5),

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton.ops.compress_attention import reference
+from tests.dtypes import shapes_in_dtypes
+from tests.fuzzing import fuzzed
 from tests.ops.compress_attention.cases import (
     LOWEST,
     GradProblem,
@@ -28,7 +30,6 @@ pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for c
 
 from nsa_triton.ops.compress_attention import launch
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # heads, kv heads, head sizes, window, block, K; query tokens; keys, None: the windows of the queries; options
 SHAPES: list[Any] = [
     (Sizes(64, 4, 192, 128, (32, 16), 64, 16), (130, 31), None, {"causal": True, "forced": (1, 2)}),
@@ -40,6 +41,8 @@ SHAPES: list[Any] = [
     (Sizes(2, 1, 3, 2, (48, 16), 48, 1), (20, 47, 48, 0, 49, 170), None, {"causal": True, "forced": (0, 1)}),
     (Sizes(3, 1, 33, 40, (16, 16), 80, 3), (63, 65), (64, 31), {"forced": (2, 0)}),
 ]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OWN = [BF16, FP32, FP16, FP32, BF16, FP16, FP32, BF16]  # dtype of each
 # Small and quick, where the shape does not matter.
 PLAIN = Sizes(4, 2, 32, 32, (32, 16), 64, 6)
 
@@ -60,8 +63,7 @@ def outputs_of(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@shapes_in_dtypes(SHAPES, OWN, SHAPES[1])
 def test_results_are_right(shape, dtype, device):
     problem = make(*shape[:3], dtype, **shape[3]).to(device)
     outputs = run(problem)
@@ -70,9 +72,11 @@ def test_results_are_right(shape, dtype, device):
     assert_gradients_right(run_backward(gradients), gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("group", [1, 2, 4, 16, 64])
 def test_groups(group, device):
+    """Apart from all else; each is among SHAPES too."""
     sizes = Sizes(2 * group, 2, 32, 16, (32, 16), 64, 6)
     problem = make(sizes, (100, 17), dtype=torch.bfloat16, causal=True, forced=(1, 1)).to(device)
     outputs = run(problem)
@@ -193,7 +197,7 @@ def test_causal_scores_of_nobody_are_zero_and_go_by_number(device):
 
 
 def test_results_are_bit_identical_on_repeat_and_with_any_number_of_threads(device):
-    problems = [make(*SHAPES[i][:3], torch.bfloat16, **SHAPES[i][3]).to(device) for i in (1, 3)]
+    problems = [make(*SHAPES[i][:3], OWN[i], **SHAPES[i][3]).to(device) for i in (1, 3, 4)]
     problems.append(make(PLAIN, (700, 3, 900), dtype=torch.float32, causal=True).to(device))
     once = [outputs_of(problem) for problem in problems]
     threads = torch.get_num_threads()
@@ -273,25 +277,10 @@ def any_problem(draw):
     return make(sizes, queries, keys, dtype, draw(st.integers(0, 999)), size=size, behind=behind, **options)
 
 
-@pytest.fixture
-def one_thread():
-    """Tensors this small are not worth the second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_near(actual, expected, eps: float) -> None:
     """Within some roundings of the largest number, or of 1: what is added up is about as large, and may cancel."""
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(actual.double(), expected.double(), rtol=4 * eps, atol=max(4 * eps, 1e-5) * scale)
-
-
-def fuzzed(examples: int):
-    """So many examples, the same ones each time."""
-    health = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=health)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from nsa_triton import nsa_compress_attention
 from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.runtime.launch import Launch
+from tests.dtypes import shapes_in_dtypes
 from tests.guard import run_guarded
 from tests.ops.compress_attention.cases import (
     Sizes,
@@ -33,6 +34,7 @@ SHAPES: list[Any] = [
     (Sizes(3, 1, 16, 16, (16, 16), 48, 40, "overlap"), (33, 5, 9), (67, 3, 0), {"masked": True, "forced": "mask"}),
     (Sizes(2, 2, 3, 2, (48, 32), 96, 1), (1, 65), (33, 1), {"masked": True, "mask_dtype": torch.uint8}),
 ]
+OWN = [torch.bfloat16, torch.float32, torch.float16]  # dtype of each
 
 
 def guarded(function, side, monkeypatch):
@@ -62,8 +64,7 @@ def tight(mask):
 
 
 @pytest.mark.parametrize("side", ["after", "before"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@shapes_in_dtypes(SHAPES, OWN)
 def test_kernels_stay_inside_their_tensors(shape, dtype, side, monkeypatch):
     sizes, queries, keys, options = shape
     problem = make(sizes, queries, keys, dtype, **options)

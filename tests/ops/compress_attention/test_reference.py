@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_packing_of_statistics_is_undone():
 # --- acceptance data -------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def op_plugin_problem():
     generator = torch.Generator().manual_seed(0)
     shapes = (2633, 7, 8), (4072, 7, 8), (4072, 7, 7)
@@ -123,8 +125,10 @@ def op_plugin_problem():
     return Problem(query, key, value, *masks, (1384, 2633), (2266, 4072), 0.3, 32, 16, 64, 16, False, 0, 0, "cann")
 
 
-def op_plugin_golden(problem):
+@functools.cache
+def op_plugin_golden():
     """CANN's formula in float32: a penalty on what is masked, and a double sum of shifted probabilities."""
+    problem = op_plugin_problem()
     outs, scores = [], []
     queries, keys = (list(pairwise((0, *ends))) for ends in (problem.query_ends, problem.key_ends))
     for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
@@ -149,7 +153,7 @@ def op_plugin_golden(problem):
 def test_op_plugin_data(impl):
     """One head to a group, head sizes 8 and 7, and masks of bytes."""
     problem = op_plugin_problem()
-    golden, scores = op_plugin_golden(problem)
+    golden, scores = op_plugin_golden()
     out, ids, softmax_max, softmax_sum = call(nsa_compress_attention, problem, impl, actual_sel_seq_kvlen=[567, 1019])
     assert_cann_close(out, golden)
     for score, (q0, q1) in zip(scores, pairwise((0, *problem.query_ends)), strict=True):

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.ops._common.accuracy import judge
 from nsa_triton.ops.compress_attention_infer import reference
+from tests.implementations import each_implementation
 
-
-def kernel_problem() -> str:
-    """What keeps the kernels from running on CPU tensors here; empty if nothing does."""
-    problem = front_end_problem()
-    if problem is not None:
-        return str(problem)
-    try:
-        importlib.import_module("nsa_triton.ops.compress_attention_infer.launch")
-    except ImportError as error:
-        return f"the launcher cannot be imported: {error}"
-    return ""
-
-
-_PROBLEM = kernel_problem()
-IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(bool(_PROBLEM), reason=_PROBLEM))]
-every_impl = pytest.mark.parametrize("impl", IMPLS)
+every_impl = each_implementation("compress_attention_infer")
 
 
 class Problem(NamedTuple):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton.ops.compress_attention_infer import reference
+from tests.fuzzing import fuzzed
 from tests.ops.compress_attention_infer.cases import Problem, Sizes, assert_ids_right, assert_right, make
 
 pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for cpu and npu, triton for cuda")
@@ -149,21 +150,22 @@ def any_problem(draw):
     return make(sizes, cached, tokens, dtype, seed, **options)
 
 
-@pytest.fixture
-def one_thread():
-    """Tensors this small are not worth the second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
-@settings(
-    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzzed(200)
 @given(problem=any_problem())
 def test_any_ragged_batch(problem, device):
+    check_batch(problem, device)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@fuzzed(1000)
+@given(problem=any_problem())
+def test_many_more_ragged_batches(problem, device):
+    check_batch(problem, device)
+
+
+def check_batch(problem, device) -> None:
     problem = problem.to(device)
     output, ids = run(problem)
     expected, _ = reference.forward(*problem.doubled())

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.compress.cases import IMPLS
+from tests.implementations import each_implementation
 
-every_impl = pytest.mark.parametrize("impl", IMPLS)
+every_impl = each_implementation("compress_infer")
 
 
 class Call(NamedTuple):

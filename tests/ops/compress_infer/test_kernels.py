@@ -9,13 +9,13 @@ import torch
 
 from nsa_triton.ops._common.accuracy import judge
 from nsa_triton.ops.compress_infer import reference
+from tests.dtypes import DTYPES
 from tests.ops.compress_infer.cases import assert_rest_untouched, make, naive
 
 pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for cpu and npu, triton for cuda")
 
 from nsa_triton.ops.compress_infer import launch
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # lengths, heads, head size, window, stride, page, new tokens
 SHAPES = [
     ((160, 43, 0, 32, 1040), 4, 192, 32, 16, 64, 1),
@@ -57,6 +57,7 @@ def test_any_number_of_new_tokens(new_tokens, device):
     assert assert_accurate(call, device) == len(naive(call)[1])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_thousand_random_calls(device):
     """Any lengths, pages, slots and tokens on few kernels: they are run-time arguments, and cost no compile."""
     choose, written = random.Random(0), 0

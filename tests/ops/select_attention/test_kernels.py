@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton.ops.select_attention import reference
+from tests.dtypes import DTYPES, shapes_in_dtypes
+from tests.fuzzing import fuzzed
 from tests.ops.select_attention.cases import (
     Problem,
     Sizes,
@@ -29,7 +31,9 @@ pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for c
 
 from nsa_triton.ops.select_attention import launch
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Small tensors are not worth a second thread. The test of repeats compares what more threads make of each shape.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # heads, kv heads, head sizes, block, entries; query tokens and key tokens of each segment; causal
 SHAPES: list[Any] = [
     (Sizes(16, 1, 192, 128, 64, 16), (9, 4), (1100, 300), False),
@@ -40,6 +44,11 @@ SHAPES: list[Any] = [
     (Sizes(64, 1, 64, 48, 128, 3), (5, 3), (300, 65), True),
     (Sizes(6, 3, 45, 19, 16, 1), (17,), (40,), True),
 ]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OWN = [BF16, FP32, FP16, BF16, FP32, FP16, BF16]  # dtype of each
+each_shape = shapes_in_dtypes(SHAPES, OWN, SHAPES[1])
+# Small and quick, where the shape does not matter: what the shapes above and FUZZED compile too.
+PLAIN, LARGER = Sizes(4, 2, 16, 16, 32, 3), SHAPES[1][0]
 both = pytest.mark.parametrize("causal", [False, True])
 
 
@@ -66,16 +75,14 @@ def same(actual, expected) -> bool:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_forward_is_as_accurate_as_eager(shape, dtype, device):
     problem = problem_of(shape, dtype, device)
     assert_accurate(forward(problem), problem)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_gradients_are_as_accurate_as_eager(shape, dtype, device):
     problem = problem_of(shape, dtype, device)
     given, grad = statistics(problem), random_grad(problem)
@@ -83,8 +90,7 @@ def test_gradients_are_as_accurate_as_eager(shape, dtype, device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_gradients_are_made_of_what_is_given(shape, dtype, device):
     """Any attention_out and statistics, as CANN's own test passes them."""
     problem = problem_of(shape, dtype, device)
@@ -100,8 +106,7 @@ def test_gradients_are_made_of_what_is_given(shape, dtype, device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_rows_behind_the_last_segment_are_nobodys(shape, dtype, device):
     """They hold NaN, and their ids anything: outputs and gradients are zero there, and nothing else changes."""
     problem = problem_of(shape, dtype, device)
@@ -124,9 +129,9 @@ def test_rows_behind_the_last_segment_are_nobodys(shape, dtype, device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_int32_is_an_id(shape, device):
-    problem = problem_of(shape, torch.float32, device, garbage=True)
+@each_shape
+def test_any_int32_is_an_id(shape, dtype, device):
+    problem = problem_of(shape, dtype, device, garbage=True)
     assert_accurate(forward(problem), problem)
     given, grad = statistics(problem), random_grad(problem)
     assert_gradients_accurate(backward(problem, grad, given), problem, grad, given)
@@ -136,7 +141,7 @@ def test_any_int32_is_an_id(shape, device):
 @both
 @pytest.mark.parametrize("ids", [[-1, -1, -1], [2**31 - 1, -(2**31), 5], [16777217, 16777216, 2**24 + 5]], ids=str)
 def test_lists_in_which_everything_is_skipped(ids, causal, device):
-    problem = make(Sizes(4, 2, 32, 16, 16, 3), (20, 3), (50, 70), causal=causal).to(device)
+    problem = make(PLAIN, (20, 3), (50, 70), causal=causal).to(device)
     problem.ids[:] = torch.tensor(ids, dtype=torch.int32)
     out, largest, total, *gradients = everything(problem)
     assert (largest == torch.finfo(torch.float32).min).all()
@@ -144,10 +149,9 @@ def test_lists_in_which_everything_is_skipped(ids, causal, device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "causal"), [(BF16, False), (FP32, True)], ids=str)
 def test_one_block_chosen_by_every_token(dtype, causal, device):
-    problem = make(Sizes(4, 1, 64, 32, 64, 4), (300, 65), (300, 65), dtype, causal=causal).to(device)
+    problem = make(LARGER, (300, 65), (300, 65), dtype, causal=causal).to(device)
     problem.ids[:] = torch.tensor([0, -1, 0, 0], dtype=torch.int32)
     assert_accurate(forward(problem), problem)
     given, grad = statistics(problem), random_grad(problem)
@@ -158,7 +162,7 @@ def test_one_block_chosen_by_every_token(dtype, causal, device):
 @pytest.mark.parametrize("size", [8.0, 60.0, 200.0])
 def test_big_scores(size, dtype, device):
     """Scores of about +-20, +-150 and far beyond, where all weight is on one token."""
-    problem = make(Sizes(4, 2, 64, 32, 64, 4), (33, 9), (200, 77), dtype, size=size).to(device)
+    problem = make(LARGER, (33, 9), (200, 77), dtype, size=size).to(device)
     assert_accurate(forward(problem), problem)
     given, grad = statistics(problem), random_grad(problem)
     assert_gradients_accurate(backward(problem, grad, given), problem, grad, given)
@@ -166,7 +170,7 @@ def test_big_scores(size, dtype, device):
 
 @pytest.mark.parametrize("score", [-200.0, -60.0, 60.0, 200.0])
 def test_equal_big_scores_average(score, device):
-    problem = make(Sizes(4, 2, 16, 16, 32, 3), (20,), (70,)).to(device)
+    problem = make(PLAIN, (20,), (70,)).to(device)
     ones, keys = torch.ones_like(problem.query), torch.full_like(problem.key, score / 16)
     problem = problem._replace(query=ones, key=keys, scale=1.0)
     out, largest, total = forward(problem)
@@ -178,7 +182,7 @@ def test_equal_big_scores_average(score, device):
 
 
 def test_results_are_bit_identical_on_repeat_and_with_any_number_of_threads(device):
-    problems = [problem_of(shape, torch.bfloat16, device) for shape in SHAPES]
+    problems = [problem_of(shape, dtype, device) for shape, dtype in zip(SHAPES, OWN, strict=True)]
     once = [everything(problem) for problem in problems]
     threads = torch.get_num_threads()
     try:
@@ -189,8 +193,7 @@ def test_results_are_bit_identical_on_repeat_and_with_any_number_of_threads(devi
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES[:5], OWN, strict=False)), ids=str)
 def test_a_batch_gives_what_its_segments_give_alone(shape, dtype, device):
     problem = problem_of(shape, dtype, device)
     results = everything(problem)
@@ -208,9 +211,8 @@ def test_a_batch_gives_what_its_segments_give_alone(shape, dtype, device):
         torch.testing.assert_close(gradients, tuple(together[3:]), rtol=2 * eps, atol=1e-5)
 
 
-@both
-def test_strided_inputs_give_the_bits_of_dense_ones(causal, device):
-    problem = make(Sizes(4, 2, 32, 16, 32, 3), (40, 9), (90, 33), torch.float16, causal=causal).to(device)
+def test_strided_inputs_give_the_bits_of_dense_ones(device):
+    problem = make(Sizes(4, 2, 32, 16, 32, 3), (40, 9), (90, 33), torch.float16, causal=True).to(device)
     results = everything(problem)
     grad = random_grad(problem)
 
@@ -231,7 +233,7 @@ def test_strided_inputs_give_the_bits_of_dense_ones(causal, device):
 
 # Few kernels: heads, block, entries, head sizes and causality are compiled in.
 FUZZED = [
-    (Sizes(4, 2, 16, 16, 32, 3), torch.float32, False),
+    (PLAIN, torch.float32, False),
     (Sizes(4, 1, 18, 5, 16, 4), torch.float16, True),
     (Sizes(2, 2, 48, 32, 48, 2), torch.bfloat16, True),
 ]
@@ -248,12 +250,6 @@ def any_problem(draw):
         "behind": behind,
         "garbage": draw(st.booleans()),
     }
-
-
-def fuzzed(examples: int):
-    """So many examples, the same ones each time."""
-    health = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=health)
 
 
 @fuzzed(200)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given as given_any
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from nsa_triton import npu_nsa_select_attention, npu_nsa_select_attention_grad
 from nsa_triton.ops._common import implementation
 from nsa_triton.ops.select_attention import nsa_select_attention, nsa_select_attention_grad, reference
+from tests.fuzzing import fuzzed
 from tests.ops.select_attention.cases import (
     LOWEST,
     Problem,
@@ -55,7 +55,7 @@ def test_reference_is_the_naive_formula(queries, keys, garbage, causal):
         close(gradients, naive_gradients(tidy, grad), 1e-11)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@fuzzed(60)
 @given_any(
     lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 70)), min_size=1, max_size=4),
     group=st.integers(1, 3),

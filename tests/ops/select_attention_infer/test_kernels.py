@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton.ops.select_attention_infer import reference
+from tests.dtypes import DTYPES, shapes_in_dtypes
+from tests.fuzzing import fuzzed
 from tests.ops.select_attention_infer.cases import Problem, Sizes, assert_accurate, make
 
 pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for cpu and npu, triton for cuda")
 
 from nsa_triton.ops.select_attention_infer import launch
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # heads, kv heads, head sizes, page, block, entries; cached tokens; query tokens
 SHAPES: list[Any] = [
     (Sizes(32, 2, 192, 128, 128, 64, 16), (1100, 300), (1, 1)),
@@ -27,6 +28,9 @@ SHAPES: list[Any] = [
     (Sizes(12, 3, 16, 32, 128, 16, 9), (127, 128, 129), (3, 1, 0)),
     (Sizes(3, 1, 3, 2, 16, 16, 1), (40,), (4,)),
 ]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OWN = [BF16, FP16, FP32, FP32, BF16, FP16, BF16]  # dtype of each
+each_shape = shapes_in_dtypes(SHAPES, OWN, SHAPES[2])
 
 
 def run(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,17 +38,16 @@ def run(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_results_are_as_accurate_as_eager(shape, dtype, device):
     problem = make(*shape, dtype).to(device)
     assert_accurate(run(problem), problem)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
-def test_rows_behind_the_query_tokens_are_zero(shape, device):
-    problem = make(*shape, torch.float16, stride=5).to(device)
+@pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES[:4], OWN, strict=False)), ids=str)
+def test_rows_behind_the_query_tokens_are_zero(shape, dtype, device):
+    problem = make(*shape, dtype, stride=5).to(device)
     output, lse = run(problem)
     assert_accurate((output, lse), problem)
     for first, count in problem.rows.tolist():
@@ -53,8 +56,7 @@ def test_rows_behind_the_query_tokens_are_zero(shape, device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_garbage_that_is_not_needed_changes_nothing(shape, dtype, device):
     """Ids that are no block, block table entries of pages that are not read, NaN in cache rows of no one."""
     problem = make(*shape, dtype, garbage=True).to(device)
@@ -104,7 +106,7 @@ def test_equal_big_scores_average(score, device):
 
 
 def test_results_are_bit_identical_on_repeat_and_with_any_number_of_threads(device):
-    problems = [make(*shape, torch.bfloat16).to(device) for shape in SHAPES]
+    problems = [make(*shape, dtype).to(device) for shape, dtype in zip(SHAPES, OWN, strict=True)]
     once = [run(problem) for problem in problems]
     threads = torch.get_num_threads()
     try:
@@ -148,11 +150,22 @@ def any_problem(draw):
     return (sizes, cached, tokens, dtype, draw(st.integers(0, 999))), {"stride": stride, "garbage": draw(st.booleans())}
 
 
-@settings(
-    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@pytest.mark.usefixtures("one_thread")
+@fuzzed(200)
 @given(call=any_problem())
 def test_any_ragged_batch(call, device):
+    check_batch(call, device)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@fuzzed(1000)
+@given(call=any_problem())
+def test_many_more_ragged_batches(call, device):
+    check_batch(call, device)
+
+
+def check_batch(call, device) -> None:
     problem = make(*call[0], **call[1]).to(device)
     output, lse = run(problem)
     expected, expected_lse = reference.forward(*problem.doubled())

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_triton.ops._common import implementation
 from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer, reference
+from tests.fuzzing import fuzzed
 from tests.ops.select_attention_infer.cases import (
     Problem,
     Sizes,
@@ -42,7 +43,7 @@ def test_reference_is_the_naive_formula(cached, tokens, garbage):
         close(reference.forward(*problem), naive(problem))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@fuzzed(150)
 @given(
     cached=st.lists(st.integers(0, 120), min_size=1, max_size=3),
     extra=st.lists(st.integers(0, 4), min_size=3, max_size=3),
