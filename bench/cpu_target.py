@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.kernels import add_one, repeated_dot
 from nsa_triton.ascend.lower import Specialization, signature_of
 from nsa_triton.ascend.native import NativeKernel, compile_object, native_kernel
 from nsa_triton.runtime.executors.host import HostExecutor
+
+from .kernels import add_one, repeated_dot
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_target.csv"
 COLUMNS = ("measured", "nsa_triton", "torch, same run", "ratio")

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from bench import simulator_kernels as kernels
 from nsa_triton.ascend.simulator.costs import parameters
 from nsa_triton.ascend.simulator.faults import SimulationError
 from nsa_triton.ascend.simulator.report import LaunchReport
 from nsa_triton.ascend.toolchain import Compiler, compilers
 from nsa_triton.errors import CompileError
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
+
+from . import simulator_kernels as kernels
 
 RESULTS = Path(__file__).parent / "results" / "ascend" / "simulator_published.csv"
 COLUMNS = (

@@ -61,6 +61,24 @@ def test_op_folders_never_import_one_another(file):
         assert not others
 
 
+TUNING_MAY_IMPORT = (
+    "ascend", "runtime", "tuning", "workloads", "errors", "settings", "ops.catalog", "ops._common.accuracy",
+    "ops._common.cases", "__version__",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) == "tuning"], ids=name)
+def test_tuning_imports_what_it_may(file):
+    allowed = set().union(*(any_under(imports(file), f"nsa_triton.{module}") for module in TUNING_MAY_IMPORT))
+    ours = any_under(imports(file), "nsa_triton") - {"nsa_triton"}
+    assert ours == allowed
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) not in ("cli", "tuning")], ids=name)
+def test_only_the_command_line_imports_tuning(file):
+    assert not any_under(imports(file), "nsa_triton.tuning")
+
+
 SHARED_SPECIFICATION = ("block_scores", "statistics")  # files of _common that references may import
 
 

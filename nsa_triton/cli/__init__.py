@@ -1,4 +1,4 @@
-"""The command line: nsa-triton check | compile | simulate | ops | env."""
+"""The command line: nsa-triton check | compile | simulate | tune | bench | plot | ops | env."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import sys
 from collections.abc import Sequence
 
 import nsa_triton
-from nsa_triton.cli import check, compile, env, ops, simulate
+from nsa_triton.cli import bench, check, compile, env, ops, plot, simulate, tune
 from nsa_triton.errors import NsaError
 
-COMMANDS = {"check": check, "compile": compile, "simulate": simulate, "ops": ops, "env": env}
+COMMANDS = {
+    "check": check,
+    "compile": compile,
+    "simulate": simulate,
+    "tune": tune,
+    "bench": bench,
+    "plot": plot,
+    "ops": ops,
+    "env": env,
+}
 
 
 def parser() -> argparse.ArgumentParser:

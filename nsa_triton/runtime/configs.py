@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -77,8 +77,24 @@ def lookup(op: str, kernel: str, target: Target, key: Mapping[str, Any], length:
     instead = _OVERRIDES.get().get(kernel)
     if instead is not None:
         return instead
-    wanted = {**key, "compiler": target.compiler} if target.compiler else key
-    return _lookup(config_root(), op, kernel, target.name, tuple(wanted.items()), length, tiles)
+    wanted = tuple(({**key, "compiler": target.compiler} if target.compiler else key).items())
+    found = _lookup(config_root(), op, kernel, target.name, wanted, length, tiles)
+    _LISTENER.get()(op, wanted, length, tiles, found)
+    return found
+
+
+Listener = Callable[[str, KeyItems, int, tuple[str, ...], Config], None]
+_LISTENER: ContextVar[Listener] = ContextVar("LISTENER", default=lambda *_: None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """`listener` is told of every look-up inside: op, key, length, tiles, and what was found."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 _OVERRIDES: ContextVar[Mapping[str, Config]] = ContextVar("OVERRIDES", default=MappingProxyType({}))

@@ -27,7 +27,8 @@ class SimulatorExecutor:
 
     With a checker, what is computed is watched. With `times`, nothing is computed: tensors keep what they hold, and
     `reports` gets one entry per launch. Kernels that `fills` names run on this CPU too, the quick way, before they are
-    timed: those whose results, such as lists of blocks, control others.
+    timed: those whose results, such as lists of blocks, control others. Where `only` names kernels, the others are not
+    timed, nor even compiled.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class SimulatorExecutor:
         checker: Checker | None = None,
         times: bool = False,
         fills: Collection[str] = (),
+        only: Collection[str] | None = None,
         sampled: bool = True,
         warm: bool = False,
         keeps_events: bool = False,
@@ -45,7 +47,7 @@ class SimulatorExecutor:
     ) -> None:
         self.chip, self.compiler, self.checker = chip(chip_name), compiler or installed_compiler(), checker
         self.times, self.fills, self.sampled, self.warm, self.keeps_events = times, fills, sampled, warm, keeps_events
-        self.options = options
+        self.options, self.only = options, only
         self.reports: list[LaunchReport] = []
         self._programs: dict[tuple[str, str], Program] = {}
 
@@ -57,12 +59,14 @@ class SimulatorExecutor:
         constexprs: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> None:
+        if self.times and kernel.fn.__name__ in self.fills:
+            HostExecutor().launch(kernel, programs, arguments, constexprs, {})
+        if self.times and self.only is not None and kernel.fn.__name__ not in self.only:
+            return
         program = self.program(kernel, arguments, constexprs, {**options, **self.options})
         if not self.times:
             run(program, self.chip, programs, dict(arguments), self.checker)
             return
-        if kernel.fn.__name__ in self.fills:
-            HostExecutor().launch(kernel, programs, arguments, constexprs, {})
         timing = Timing(self.chip, Costs(self.chip), self.sampled, self.warm, self.keeps_events)
         time(program, self.chip, programs, dict(arguments), timing)
         self.reports.append(launch_report(timing, kernel.fn.__name__, self.compiler.version, programs))

@@ -1,0 +1,73 @@
+"""The clock: how long a call takes with cold and with warm caches, on any device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_triton.ascend.simulator.costs import parameters
+from nsa_triton.runtime.target import target_of
+
+MOST_FLUSHED = 512 << 20  # bytes; virtual machines report the cache of the whole socket
+UNKNOWN_CACHE = 64 << 20
+
+
+class Clock:
+    """Device events on an NPU or a GPU; on a CPU, whose calls return when they are done, the time of day."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = min(MOST_FLUSHED, 2 * cache_bytes(device))
+        self._larger_than_cache = torch.empty(size // 4, dtype=torch.int32, device=device)
+
+    def cold_and_warm(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """Microseconds of a call whose inputs are in no cache, and of the next one."""
+        self._larger_than_cache.zero_()
+        if self.device.type != "cpu":
+            return self._by_events(call)
+        began = time.perf_counter()
+        call()
+        between = time.perf_counter()
+        call()
+        return (between - began) * 1e6, (time.perf_counter() - between) * 1e6
+
+    def _by_events(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """Nothing waits before the end: while the device still writes the buffer, the host prepares the calls."""
+        module = getattr(torch, self.device.type)
+        marks = [module.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        for mark in marks[1:]:
+            call()
+            mark.record()
+        module.synchronize()
+        cold, warm = (first.elapsed_time(last) * 1e3 for first, last in itertools.pairwise(marks))
+        return cold, warm
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last level of cache."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    if device.type == "npu":
+        chips = parameters()["chips"]
+        largest = max(chip["l2_mib"] for chip in chips.values())
+        return int(chips.get(target_of(device).name, {"l2_mib": largest})["l2_mib"]) << 20
+    sizes = [_kilobytes(file.read_text()) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=UNKNOWN_CACHE)
+
+
+def _kilobytes(text: str) -> int:
+    """Linux writes 32768K."""
+    return int(text.strip().rstrip("K")) << 10
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The nearest of the values, so that each printed time is one that was measured."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]

@@ -1,0 +1,100 @@
+"""What one candidate comes to: arithmetic first, then the real compiler, then the clock. What a worker does at once."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable
+
+from nsa_triton.ascend.chips import chip
+from nsa_triton.ascend.compile import Job, compile_many
+from nsa_triton.ascend.toolchain import compiler
+from nsa_triton.errors import NsaError, ToolchainError
+from nsa_triton.runtime.launch import Launch
+from nsa_triton.tuning.planning import Choices, choosing, fingerprint, name_of, planned
+from nsa_triton.tuning.space import Space, disagreement, needs, space_of
+from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
+from nsa_triton.tuning.timing import Place, place_named, timed
+from nsa_triton.workloads import Shape, Workload, workload
+
+
+def workload_of(sweep: Sweep) -> tuple[Workload, Place, Space]:
+    work, place = _workload(sweep.op, sweep.shape, sweep.tokens, sweep.chip, sweep.compiler)
+    return work, place, space_of(sweep.family, sweep.kernel)
+
+
+@functools.lru_cache(maxsize=1)  # tensors of one call may take gigabytes
+def _workload(op: str, shape: Shape, tokens: int, chip_name: str, version: str | None) -> tuple[Workload, Place]:
+    place = place_named(chip_name, version)
+    return workload(op, shape, tokens, device=place.device, filled=not place.simulated), place
+
+
+def choices(sweep: Sweep, candidate: Candidate) -> Choices:
+    return (*sweep.others, (sweep.kernel, candidate))
+
+
+def timed_launches(sweep: Sweep, candidate: Candidate) -> list[Launch]:
+    """The launches that are compared, those of the candidate's kernel and of kernels that its tiles decide."""
+    work, place, space = workload_of(sweep)
+    return [launch for launch in planned(work, place, choices(sweep, candidate)) if name_of(launch) in space.timed]
+
+
+def refusal(sweep: Sweep, launches: Iterable[Launch]) -> str:
+    """Why arithmetic rules these launches out; "" if it does not."""
+    work, place, _ = workload_of(sweep)
+    for launch in launches:
+        name = name_of(launch)
+        why = disagreement(name, launch.constexprs)
+        if not why and place.is_ascend:
+            bound = needs(name, launch.constexprs, work.dtype.itemsize)
+            why = bound.refusal(chip(place.target.name), sweep.ub_limit)
+        if why:
+            return why if name == sweep.kernel else f"{name}: {why}"
+    return ""
+
+
+def evaluate(sweep: Sweep, candidate: Candidate) -> Verdict:
+    """Raises only what no candidate is to blame for: a missing tool, a bad argument."""
+    began = time.perf_counter()
+
+    def verdict(kind: str, why: str = "", **figures: float | None) -> Verdict:
+        return Verdict(kind, why, seconds=round(time.perf_counter() - began, 2), **figures)
+
+    work, place, space = workload_of(sweep)
+    launches = timed_launches(sweep, candidate)
+    why = refusal(sweep, launches)
+    if why:
+        return verdict("limits", why)
+    ub_percent = None
+    if place.compiles:
+        why, ub_percent = _compiled(sweep, launches)
+        if why:
+            return verdict("compiler", why, ub_percent=ub_percent)
+    try:
+        with choosing(choices(sweep, candidate), place.target.kind):
+            found = timed(work, place, space.timed)
+    except ToolchainError:
+        raise
+    except _refusals() as error:
+        return verdict("failed", f"{type(error).__name__}: {error}", ub_percent=ub_percent)
+    return verdict("timed", us=found.us, p20_us=found.p20_us, p80_us=found.p80_us, ub_percent=ub_percent)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What is raised for a kernel that a chip cannot run."""
+    from triton.errors import TritonError
+
+    return NsaError, RuntimeError, MemoryError, TritonError
+
+
+def _compiled(sweep: Sweep, launches: Iterable[Launch]) -> tuple[str, float | None]:
+    """The first problem that the compiler sees, and the largest share of the unified buffer."""
+    version = compiler(sweep.compiler)
+    jobs = {
+        fingerprint(launch)[0]: Job(launch.specialization(), sweep.chip, version, launch.options, sweep.ub_limit)
+        for launch in launches
+    }
+    reports = compile_many(list(jobs.values()), workers=1)
+    problems = [problem for report in reports for problem in report.problems()]
+    shares = [report.ub_percent for report in reports if report.fits]
+    return (problems[0] if problems else ""), (round(max(shares), 1) if shares else None)

@@ -1,0 +1,182 @@
+"""Which sweeps there are, what each of them would try, and about how long that takes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import nsa_triton
+from nsa_triton.ascend.chips import UB_LIMIT
+from nsa_triton.errors import ArgumentValueError
+from nsa_triton.ops.catalog import Family, families
+from nsa_triton.runtime.configs import Config, lookup
+from nsa_triton.runtime.launch import Launch
+from nsa_triton.runtime.target import Target
+from nsa_triton.tuning.evaluation import evaluate, refusal, timed_launches, workload_of
+from nsa_triton.tuning.journal import Journal, journal_path
+from nsa_triton.tuning.planning import Asked, asked_for, fingerprint
+from nsa_triton.tuning.search import Search
+from nsa_triton.tuning.space import SPACES
+from nsa_triton.tuning.sweep import Candidate, Sweep
+from nsa_triton.tuning.timing import Place, place_named
+from nsa_triton.workloads import OPS, Shape, workload
+
+
+@dataclass(frozen=True)
+class Request:
+    """Kernels of some ops on some chips; an empty selection means all."""
+
+    ops: Sequence[str] = ()
+    chips: Sequence[tuple[str, str | None]] = ()  # with a version of the compiler
+    shapes: Sequence[Shape] = ()
+    tokens: Sequence[int] = ()
+    kernels: Sequence[str] = ()
+    ub_limit: int = UB_LIMIT
+
+    def chosen_families(self) -> tuple[Family, ...]:
+        found = families(list(self.ops))
+        known = [space.kernel for family in found for space in SPACES[family.name]]
+        for kernel in self.kernels:
+            if kernel not in known:
+                raise ArgumentValueError("--kernel", f"one of {', '.join(dict.fromkeys(known))}", repr(kernel))
+        return found
+
+    def ops_of(self, family: Family) -> list[str]:
+        """The ops of the family that are asked for: by their own names, or all of them."""
+        of_family = [op.name for op in family.ops if op.name in OPS]
+        named = [op for op in of_family if op in self.ops]
+        return named if named and family.name not in self.ops else of_family
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep, the look-up whose answer it searches, and what it starts from. Made when its turn comes, because the
+    kernels that were tuned before it are part of it."""
+
+    sweep: Sweep
+    asked: Asked
+    default: Candidate
+    tiles: tuple[Candidate, ...]
+    candidates: int  # before arithmetic
+    identity: Mapping[str, Any]
+    source: str  # a hash of what is timed
+
+    def search(self) -> Search:
+        _, place, space = workload_of(self.sweep)
+        return Search(self.default, self.tiles, space.options(place.target.kind))
+
+    def journal(self, *, fresh: bool = False) -> Journal:
+        return Journal(journal_path(self.sweep, self.identity), self.identity, fresh=fresh)
+
+
+def sweeps(request: Request) -> list[Sweep]:
+    """Every kernel of every call that is asked for, without the configs of other kernels. One that two ops share is
+    tuned once, in the call of the first."""
+    found: dict[Sweep, Sweep] = {}
+    for family in request.chosen_families():
+        calls = itertools.product(request.chips, request.shapes, request.tokens, request.ops_of(family))
+        for (chip, version), shape, tokens, op in calls:
+            for sweep in _sweeps_of_call(family, op, place_named(chip, version), shape, tokens, request):
+                found.setdefault(replace(sweep, op=""), sweep)
+    return list(found.values())
+
+
+def _sweeps_of_call(
+    family: Family, op: str, place: Place, shape: Shape, tokens: int, request: Request
+) -> Iterator[Sweep]:
+    work = workload(op, shape, tokens, device=place.device, filled=False)
+    asked = {one.kernel for one in asked_for(work, place)}
+    chip, version = place.target.name, place.target.compiler
+    for space in SPACES[family.name]:
+        if space.kernel in asked and space.kernel in (request.kernels or asked):
+            yield Sweep(op, family.name, space.kernel, shape, tokens, chip, version, request.ub_limit)
+
+
+def plan(sweep: Sweep) -> Planned:
+    """What there is to try, now."""
+    work, place, space = workload_of(sweep)
+    kind = place.target.kind
+    asked = {one.kernel: one for one in asked_for(work, place)}
+    order = [one.kernel for one in SPACES[sweep.family]]
+    # Kernels that come later count with their defaults, so that the sweep stays the same one when they are tuned.
+    others = []
+    for kernel, one in asked.items():
+        later = order.index(kernel) > order.index(sweep.kernel)
+        config = _default(one, place.target) if later else one.found
+        if kernel != sweep.kernel:
+            others.append((kernel, Candidate.of(config.tiles, config.options.get(kind, {}))))
+    whole = replace(sweep, others=tuple(others))
+    mine = asked[sweep.kernel]
+    config = _default(mine, place.target)
+    sizes = {name: config.tiles[name] for name in space.tiles}
+    default = Candidate.of(sizes, config.options.get(kind, {}))
+    tiles = [Candidate(tuple(tiles.items()), default.options) for tiles in space.candidates(kind)]
+    launches = [fingerprint(launch) for launch in timed_launches(whole, default)]
+    source = hashlib.sha256(repr(launches).encode()).hexdigest()[:12]
+    identity = {
+        "op": sweep.op, "kernel": sweep.kernel, "chip": sweep.chip, "compiler": sweep.compiler,
+        "shape": vars(sweep.shape), "tokens": sweep.tokens, "dtype": str(work.dtype), "batch": work.batch,
+        "indices": work.indices, "ub_limit": sweep.ub_limit, "source": source, "host": _host(place.simulated),
+        "nsa_triton": nsa_triton.__version__, **place.versions(),
+    }  # fmt: skip
+    return Planned(whole, mine, default, tuple(_worth_trying(whole, default, tiles)), len(tiles), identity, source)
+
+
+def _default(asked: Asked, target: Target) -> Config:
+    """What default/ says, whatever is tuned."""
+    plain = replace(target, name="default")
+    return lookup(asked.family, asked.kernel, plain, dict(asked.key), asked.length, asked.tiles)
+
+
+def _host(simulated: bool) -> str:
+    """What is measured belongs to one machine; what is simulated does not."""
+    return "" if simulated else platform.node()
+
+
+def _worth_trying(sweep: Sweep, default: Candidate, tiles: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Those that arithmetic lets pass, and that launch something else than those before them."""
+    seen = {_fingerprints(timed_launches(sweep, default))}
+    for candidate in tiles:
+        launches = timed_launches(sweep, candidate)
+        found = _fingerprints(launches)
+        if found not in seen and not refusal(sweep, launches):
+            seen.add(found)
+            yield candidate
+
+
+def _fingerprints(launches: Iterable[Launch]) -> tuple[Any, ...]:
+    return tuple(fingerprint(launch) for launch in launches)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one sweep: candidates, those that arithmetic and sameness leave, what options add, and what is known."""
+
+    sweep: Sweep
+    candidates: int
+    left: int
+    options: int
+    known: int
+    seconds_each: float
+
+    @property
+    def seconds(self) -> float:
+        """At most, for one worker: candidates that a compiler refuses take less."""
+        return (self.left + self.options - self.known) * self.seconds_each
+
+
+def estimate(sweep: Sweep) -> Estimate:
+    """The time of a candidate is that of those that are known; of the default, which is tried for that, if none is."""
+    planned = plan(sweep)
+    search = planned.search()
+    with planned.journal() as journal:
+        if not journal.verdicts:
+            journal.note(planned.default, evaluate(planned.sweep, planned.default))
+        known = [verdict for candidate, verdict in journal.verdicts.items() if search.has(candidate)]
+        spent = [verdict.seconds for verdict in known] or [0.0]
+    left = 1 + len(planned.tiles)
+    return Estimate(sweep, planned.candidates, left, search.total - left, len(known), sum(spent) / len(spent))

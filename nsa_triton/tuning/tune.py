@@ -1,0 +1,173 @@
+"""All of it: the sweeps, one after the other, and what came of each."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from nsa_triton.errors import ConfigError, ToolchainError
+from nsa_triton.tuning.evaluation import evaluate, workload_of
+from nsa_triton.tuning.gate import what_is_wrong
+from nsa_triton.tuning.journal import RIGHT, Journal
+from nsa_triton.tuning.merge import merge
+from nsa_triton.tuning.plans import Planned, plan
+from nsa_triton.tuning.result import Result, entry
+from nsa_triton.tuning.search import Search
+from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
+from nsa_triton.tuning.timing import place_named
+from nsa_triton.tuning.workers import Workers
+from nsa_triton.tuning.workers import workers as team
+
+RUNNERS_UP = 5
+TURNS = 3  # in which the best of a measured sweep are measured again, against the default
+
+
+class Progress(Protocol):
+    """Who is told how it goes."""
+
+    def begin(self, sweep: Sweep, search: Search, known: int) -> None: ...
+
+    def heard(self, search: Search, candidate: Candidate, verdict: Verdict) -> None: ...
+
+
+def run(planned: Planned, search: Search, journal: Journal, workers: Workers, until: float, told: Progress) -> None:
+    """Try candidates until none is left, or until that time. What was begun is waited for."""
+    for candidate, verdict in journal.verdicts.items():
+        if search.has(candidate):
+            search.hear(candidate, verdict)
+    told.begin(planned.sweep, search, len(search.verdicts))
+    running: dict[Future[Verdict], Candidate] = {}
+    while True:
+        while len(running) < workers.size and time.monotonic() < until:
+            following = search.next()
+            if following is None:
+                break
+            running[workers.submit(planned.sweep, following)] = following
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            candidate, verdict = running.pop(future), _result(future)
+            journal.note(candidate, verdict)
+            search.hear(candidate, verdict)
+            told.heard(search, candidate, verdict)
+
+
+def _result(future: Future[Verdict]) -> Verdict:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ToolchainError(
+            "a worker process was killed, probably for want of memory: pass fewer --workers. The same command goes on "
+            "where it was"
+        ) from error
+
+
+def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
+    """The best candidate whose numbers are right, if it is better than the default."""
+    times = _final_times(planned, search)
+    ranked = sorted(times, key=lambda candidate: (times[candidate], candidate != planned.default))
+    wrong: dict[str, str] = {}
+    best = None
+    for candidate in ranked:
+        said = RIGHT if candidate == planned.default else _gate(planned, journal, candidate)
+        if said == RIGHT:
+            best = candidate
+            break
+        wrong[str(candidate)] = said
+    others = [one for one in ranked if one != best and str(one) not in wrong]
+    return Result(
+        planned.sweep, planned.default, times.get(planned.default), best, times[best] if best else None,
+        tuple((one, times[one]) for one in others[:RUNNERS_UP]), len(search.verdicts),
+        max(0, search.total - len(search.verdicts)), wrong,
+    )  # fmt: skip
+
+
+def _gate(planned: Planned, journal: Journal, candidate: Candidate) -> str:
+    if candidate not in journal.gated:
+        journal.note_gate(candidate, what_is_wrong(planned.sweep, candidate))
+    return journal.gated[candidate]
+
+
+def _final_times(planned: Planned, search: Search) -> dict[Candidate, float]:
+    """Simulated times as they are. Measured ones of the best, in turns with the default: a machine that is busy for a
+    while must not decide."""
+    ranked = search.ranked()
+    times = {candidate: search.verdicts[candidate].us or 0.0 for candidate in ranked}
+    if workload_of(planned.sweep)[1].simulated or not ranked:
+        return times
+    finalists = dict.fromkeys((*ranked[: 1 + RUNNERS_UP], *([planned.default] if planned.default in times else [])))
+    turns = [{one: evaluate(planned.sweep, one) for one in finalists} for _ in range(TURNS)]
+    for candidate in finalists:
+        verdicts = sorted((turn[candidate] for turn in turns), key=lambda verdict: verdict.us or float("inf"))
+        search.hear(candidate, verdicts[TURNS // 2])
+    return {one: us for one in finalists if (us := search.us(one)) is not None}
+
+
+# ---- all sweeps ----
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """Ctrl-C, with what was found until then."""
+
+    def __init__(self, results: list[Result]) -> None:
+        self.results = results
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where winners go."""
+
+    folder: Path
+    force: bool = False
+
+    def keep(self, planned: Planned, search: Search, result: Result) -> Result:
+        if not result.wins:
+            return result
+        sweep = planned.sweep
+        made = entry(planned, search, result, datetime.date.today().isoformat())
+        try:
+            return replace(result, file=merge(self.folder, sweep.chip, sweep.family, made, force=self.force))
+        except ConfigError as error:
+            return replace(result, problem=str(error))
+
+
+def tune(
+    wanted: Sequence[Sweep],
+    output: Output,
+    told: Progress,
+    *,
+    workers: str | None = None,
+    minutes: float | None = None,
+    fresh: bool = False,
+) -> list[Result]:
+    """Search all sweeps, and write every winner as soon as its sweep is over. The time is shared out evenly among the
+    sweeps that are left. Raises Interrupted, with the results so far, on Ctrl-C."""
+    end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    results: list[Result] = []
+    with ExitStack() as stack:
+        teams: dict[bool, Workers] = {}
+        for number, sweep in enumerate(wanted):
+            simulated = place_named(sweep.chip, sweep.compiler).simulated
+            if simulated not in teams:
+                teams[simulated] = stack.enter_context(team(workers, simulated=simulated))
+            now = time.monotonic()
+            until = now + (end - now) / (len(wanted) - number)
+            planned = plan(sweep)
+            search = planned.search()
+            with planned.journal(fresh=fresh) as journal:
+                interrupted = False
+                try:
+                    run(planned, search, journal, teams[simulated], until, told)
+                except KeyboardInterrupt:
+                    interrupted = True
+                results.append(output.keep(planned, search, conclude(planned, search, journal)))
+            if interrupted:
+                raise Interrupted(results)
+    return results
