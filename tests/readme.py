@@ -57,6 +57,25 @@ def _parameters() -> str:
     return f"Model version {model['version']}.\n\n" + "\n".join(tables)
 
 
+def _simulated() -> str:
+    """One row per operator and length: the sum over its kernels with each compiler, and what the slowest kernel waits
+    for with the newest one."""
+    with (RESULTS / "ascend" / "simulated.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    compilers = list(dict.fromkeys(row["compiler"] for row in found))
+    rows: list[tuple[str, ...]] = []
+    for operator, tokens in dict.fromkeys((row["operator"], row["tokens"]) for row in found):
+        own = [row for row in found if (row["operator"], row["tokens"]) == (operator, tokens)]
+        sums = []
+        for compiler in compilers:
+            times = [float(row["simulated µs"]) for row in own if row["compiler"] == compiler]
+            sums.append(f"{sum(times):.1f}" if times else "–")
+        slowest = max(own, key=lambda row: (row["compiler"] == own[0]["compiler"], float(row["simulated µs"])))
+        waits = f"{slowest['kernel']}: {slowest['critical pipe']} {slowest['its share']}"
+        rows.append((operator, tokens, *sums, waits))
+    return markdown(("operator", "tokens", *(f"µs, {name}" for name in compilers), "slowest kernel, its busiest"), rows)
+
+
 def _mutations() -> str:
     """Detection by kind of mutation, over all kernels and compilers."""
     with (RESULTS / "ascend" / "simulator_mutations.csv").open(newline="") as file:
@@ -81,7 +100,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "nsa-triton ops --markdown": _operators,
     "python -m bench.cpu_target": functools.partial(_table, "cpu/cpu_target.csv"),
     "nsa_triton/ascend/simulator/chips.json": _parameters,
-    "python -m bench.simulated": functools.partial(_table, "ascend/simulated.csv"),
+    "python -m bench.simulated": _simulated,
+    "python -m bench.simulated, kernels": functools.partial(_table, "ascend/simulated.csv"),
     "python -m bench.simulated, before": functools.partial(_table, "ascend/simulated_before.csv"),
     "python -m bench.simulator_published": functools.partial(_table, "ascend/simulator_published.csv"),
     "python -m bench.simulator_mutations": _mutations,

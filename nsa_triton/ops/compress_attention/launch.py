@@ -92,6 +92,7 @@ class Plan(AttentionPlan):
             "head_dim": max(self.key_dim, self.value_dim),
             "value_dim": self.value_dim,
             "masked": self.mask is not None,
+            "causal": self._windows["CAUSAL"],
             **more,
         }
         return lookup(OP, kernel, self.target, key, self.tokens, TILES[kernel])
@@ -144,7 +145,7 @@ def plan_blocks(
     ids: Tensor,
 ) -> Iterator[Launch]:
     """Scores and best blocks, for one chunk of query tokens after the other, in the same memory."""
-    config, choose = plan.config(SCORES), plan.config(CHOOSE, count=ids.shape[2])
+    config, choose = plan.config(SCORES), plan.config(CHOOSE, count=ids.shape[2], forced=forced is not None)
     strides, queries = geometry.strides, config.tiles["BQ"]
     blocks = max(1, config.tiles["BN"] // strides)
     planes = tuple(plane for plane, own in enumerate(counts(geometry)) if plane == 0 or own.any())
