@@ -178,6 +178,7 @@ def _whole_decades(axes: Any, values: Sequence[float]) -> None:
     axes.set_yscale("log")
     first, last = (round_(math.log10(end)) for round_, end in ((math.floor, min(values)), (math.ceil, max(values))))
     axes.set_ylim(10.0**first, 10.0 ** max(last, first + 1))
+    axes.yaxis.set_minor_formatter(lambda *_: "")
 
 
 def _tokens(count: int) -> str:

@@ -12,7 +12,7 @@ from nsa_triton.ascend.toolchain import compilers, front_end_problem
 if front_end_problem() is not None or not compilers():
     pytest.skip(f"no Ascend toolchain: {front_end_problem() or 'no ascendnpu-ir'}", allow_module_level=True)
 
-from bench.baseline import ALLOWED, COMMAND, OLDER, cycles, differences, programs, read
+from bench.baseline import ALLOWED, COMMAND, cycles, differences, programs, read
 
 KEPT = read()
 INSTALLED = {version.version: version for version in compilers()}
@@ -22,10 +22,7 @@ def told(lines: list[str]) -> str:
     return "\n".join([f"if this is meant, run: {COMMAND}", *lines])
 
 
-@pytest.mark.parametrize(
-    "version",
-    [pytest.param(version, marks=pytest.mark.slow) if version == OLDER else version for version in KEPT],
-)
+@pytest.mark.parametrize("version", KEPT)
 @pytest.mark.parametrize("recomputed", [programs, cycles])
 def test_no_figure_has_moved(version, recomputed):
     if version not in INSTALLED:
