@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.baseline import KINDS
 from nsa_triton.ascend.simulator.costs import parameters
 from nsa_triton.cli.ops import LIMIT_COLUMNS, OP_COLUMNS, limit_rows, markdown, op_rows
 
@@ -76,6 +78,19 @@ def _simulated() -> str:
     return markdown(("operator", "tokens", *(f"µs, {name}" for name in compilers), "slowest kernel, its busiest"), rows)
 
 
+def _instructions() -> str:
+    """Of the training attention kernels at the paper's shape: instructions by kind and on-chip memory."""
+    kept = json.loads((RESULTS / "baseline.json").read_text())
+    (figures,) = kept.values()
+    rows = []
+    for name, found in figures.items():
+        kernel, _, case = name.partition(", launch ")
+        if "attention bfloat16 N=64/4 D=192/128" in case and "infer" not in case:
+            ub = f"{found['UB bytes'] / 1024:.0f} KiB"
+            rows.append((kernel, *(f"{found[f'{kind} instructions']:g}" for kind in KINDS), ub))
+    return markdown(("kernel", *KINDS, "unified buffer"), rows)
+
+
 def _mutations() -> str:
     """Detection by kind of mutation, over all kernels and compilers."""
     with (RESULTS / "ascend" / "simulator_mutations.csv").open(newline="") as file:
@@ -103,6 +118,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "python -m bench.simulated": _simulated,
     "python -m bench.simulated, kernels": functools.partial(_table, "ascend/simulated.csv"),
     "python -m bench.simulated, before": functools.partial(_table, "ascend/simulated_before.csv"),
+    "python -m bench.baseline": _instructions,
     "python -m bench.simulator_published": functools.partial(_table, "ascend/simulator_published.csv"),
     "python -m bench.simulator_mutations": _mutations,
     "python -m bench.decode_bytes": functools.partial(_table, "ascend/decode_bytes.csv"),
