@@ -33,6 +33,7 @@ from nsa_triton.ascend.chips import CHIPS, chip
 from nsa_triton.cli.view import console, print_json, seconds, steps
 from nsa_triton.errors import ToolchainError
 from nsa_triton.runtime.target import present_targets
+from nsa_triton.workloads import SHAPES
 
 EXAMPLE = "nsa-triton bench nsa_select_attention --shape gqa-d128-g4 --lengths 512 1024 --providers ours sdpa"
 PACKAGE = Path(nsa_triton.__file__).parent
@@ -56,7 +57,7 @@ def _is_installed() -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", nargs="*", metavar="OP", help="functions, nsa_compress for example (default: all)")
-    parser.add_argument("--shape", nargs="+", default=[], help="of models (default: paper)")
+    parser.add_argument("--shape", nargs="+", default=[], help=f"of models: {', '.join(SHAPES)} (default: paper)")
     parser.add_argument("--lengths", nargs="+", type=int, default=[], metavar="N", help="tokens of each sequence")
     parser.add_argument("--providers", nargs="+", default=[], help="default: all that are here, without simulated")
     parser.add_argument("--indices", nargs="+", default=[], help="distributions of selected blocks (default: scores)")
