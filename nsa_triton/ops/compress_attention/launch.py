@@ -145,8 +145,10 @@ def plan_blocks(
     ids: Tensor,
 ) -> Iterator[Launch]:
     """Scores and best blocks, for one chunk of query tokens after the other, in the same memory."""
-    config, choose = plan.config(SCORES), plan.config(CHOOSE, count=ids.shape[2], forced=forced is not None)
-    strides, queries = geometry.strides, config.tiles["BQ"]
+    strides = geometry.strides
+    config = plan.config(SCORES)
+    choose = plan.config(CHOOSE, count=ids.shape[2], strides=strides, forced=forced is not None)
+    queries = config.tiles["BQ"]
     blocks = max(1, config.tiles["BN"] // strides)
     planes = tuple(plane for plane, own in enumerate(counts(geometry)) if plane == 0 or own.any())
     tokens, rows = plan.dot_tile(blocks * strides), plan.dot_tile(blocks * len(planes))
