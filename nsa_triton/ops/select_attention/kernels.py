@@ -484,17 +484,19 @@ def select_attention_fill(
             p_u = union + (i_n * n_tiles + i_first + i_t) * U
             b_u = tl.load(p_u + o_t[:, None] * U + o_e[None, :], mask=m_u, other=-1).to(tl.float32)
             for i_g in range(0, n_g):
-                # [BT] 1.0 for tiles that hold the block, and how many before them do
-                b_here = tl.sum(tl.where(b_u == (i_block + i_g) * 1.0, 1.0, 0.0), axis=1)
-                b_place = tl.sum(b_here[:, None] * b_earlier, axis=0)
-                b_place = b_place * b_here + b_here - 1.0
-                # [BT, BT] -> [BT] those tiles, side by side
-                b_tile = tl.where(b_place[:, None] == f_t[None, :], f_t[:, None], 0.0)
-                b_tile = tl.sum(b_tile, axis=0).to(tl.int32) + (i_first + i_t)
                 p_before = before + (i_t // BT).to(tl.int64) * n_rows + i_row + i_g
                 n_before = tl.load(p_before)
-                p_entries = entries + tl.load(places + i_row + i_g) + n_before
-                tl.store(p_entries + o_t, b_tile, mask=o_t < tl.load(p_before + n_rows) - n_before)
+                n_here = tl.load(p_before + n_rows) - n_before
+                if n_here > 0:
+                    # [BT] 1.0 for tiles that hold the block, and how many before them do
+                    b_here = tl.sum(tl.where(b_u == (i_block + i_g) * 1.0, 1.0, 0.0), axis=1)
+                    b_place = tl.sum(b_here[:, None] * b_earlier, axis=0)
+                    b_place = b_place * b_here + b_here - 1.0
+                    # [BT, BT] -> [BT] those tiles, side by side
+                    b_tile = tl.where(b_place[:, None] == f_t[None, :], f_t[:, None], 0.0)
+                    b_tile = tl.sum(b_tile, axis=0).to(tl.int32) + (i_first + i_t)
+                    p_entries = entries + tl.load(places + i_row + i_g) + n_before
+                    tl.store(p_entries + o_t, b_tile, mask=o_t < n_here)
         for i_g in range(0, n_g):
             i_part = tl.load(parts + i_row + i_g)
             n_parts = tl.load(parts + i_row + i_g + 1) - i_part

@@ -105,8 +105,9 @@ class Plan(AttentionPlan):
             "group": self.group,
             "block": self.block,
             "count": self.count,
-            "entries": max(self.count, MOST_ENTRIES // self.count * self.count),  # at most
         }
+        if kernel == COUNT:
+            key["entries"] = self.entries  # known from the tiles of the kernels with products
         return lookup(OP, kernel, self.target, key, self.tokens, TILES[kernel])
 
     # ---- row order ----
@@ -276,7 +277,7 @@ def plan_inverse(inverse: Inverse) -> tuple[Launch, Launch, Launch]:
         "n_rows": inverse.rows,
     }  # fmt: skip
     constexprs = {
-        "E": plan.entries, "U": plan.union_width, "BT": config.tiles["BT"], "BE": plan.target.tile(plan.union_width),
+        "E": plan.entries, "U": plan.union_width, "BT": config.tiles["BT"], "BE": plan.target.tile(plan.entries),
     }  # fmt: skip
     arguments = {
         "union": plan.union, "groups": inverse.groups, "before": inverse.before, "counts": inverse.counts, **sizes,
