@@ -49,6 +49,8 @@ def nsa_compress_attention_infer(
     actual_seq_qlen: Lengths | None = None,
     actual_cmp_seq_kvlen: Lengths | None = None,
     actual_sel_seq_kvlen: Lengths | None = None,
+    num_init_blocks: int | None = None,
+    num_local_blocks: int | None = None,
     importance: str = "cann",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +96,10 @@ def nsa_compress_attention_infer(
             used, the compressed tokens must be those of all complete windows. All three kinds of lengths are a list,
             tuple, numpy integer array or integer tensor. A tensor on the device is not read back: its values are not
             checked. Under torch.compile a list, tuple or tensor, and values are not checked either.
+        num_init_blocks: choose so many of the first blocks in any case, in place of CANN's three.
+        num_local_blocks: choose so many of the last blocks in any case, in place of CANN's three, where the last one is
+            that of the query token, whether or not a window touches it; so does `nsa_compress_attention`. With either,
+            actual_sel_seq_kvlen is required, and query tokens are new to the cache without an atten_mask.
         importance: "cann" scores blocks as CANN does, where block j gathers the windows that overlap it, moved by one:
             those that end a stride later. "overlap" gathers those that truly overlap it.
         impl: "triton" runs the kernels or raises; "reference" runs the specification in PyTorch (slow); "auto" runs
@@ -154,6 +160,7 @@ def nsa_compress_attention_infer(
     table = None if block_table is None else as_int32("block_table", block_table)
     batch = batch_count(query, table, actual_cmp_seq_kvlen, layout)
     most = most_query_tokens(actual_seq_qlen, layout, query)
+    counts = num_init_blocks is not None or num_local_blocks is not None
     hides = (most is None or most > 1) and atten_mask is not None and actual_sel_seq_kvlen is not None
     windows = (compress_block_size, compress_stride)
     if is_eager:
@@ -171,18 +178,31 @@ def nsa_compress_attention_infer(
         tensors = {"query": queries, "key": keys, "value": values, "block_table": table}
         contract.check_call(tensors, numbers, mode=mode_in_force())
         lengths_of = {CMP_LEN: actual_cmp_seq_kvlen}
-        if hides:
+        contract.check_forced(num_init_blocks, num_local_blocks, actual_sel_seq_kvlen)
+        if hides or counts:
             each = (query.shape[1],) * batch if actual_seq_qlen is None else actual_seq_qlen
             lengths_of |= {RAW_LEN: actual_sel_seq_kvlen, QLEN: each}
         contract.check_host_lengths(lengths_of, keys, table, batch, *windows)
     rows = query_rows(actual_seq_qlen, layout, query, batch)
     lengths = batch_lengths(actual_cmp_seq_kvlen, CMP_LEN, batch, query.device)
-    raw = batch_lengths(actual_sel_seq_kvlen, RAW_LEN, batch, query.device) if hides else None
+    raw = batch_lengths(actual_sel_seq_kvlen, RAW_LEN, batch, query.device) if hides or counts else None
     if table is None:
         table = dealt_pages(lengths, keys.shape[0], keys.shape[1])
     sizes = (*windows, select_block_size, select_block_count)
     with torch.no_grad():
         output, ids = library.compress_attention_infer(
-            queries, keys, values, table, lengths, rows, raw, float(scale_value), *sizes, importance, impl
+            queries,
+            keys,
+            values,
+            table,
+            lengths,
+            rows,
+            raw,
+            float(scale_value),
+            *sizes,
+            importance,
+            impl,
+            num_init_blocks,
+            num_local_blocks,
         )
     return unpacked(output, layout, query), unpacked(ids, layout, query)

@@ -43,6 +43,20 @@ def check_types(**call: Any) -> None:
         raise ArgumentValueError("key_value_head_num", "at least 1", call["key_value_head_num"])
 
 
+def check_forced(num_init_blocks: Any, num_local_blocks: Any, raw_lengths: Any) -> None:
+    """Check how many blocks are always chosen. Where that is given, it counts from the query token, which only raw
+    lengths place."""
+    given = {"num_init_blocks": num_init_blocks, "num_local_blocks": num_local_blocks}
+    known = {name: number for name, number in given.items() if number is not None}
+    for name, number in known.items():
+        arguments.check_int(name, number)
+        if number < 0:
+            raise ArgumentValueError(name, "at least 0", number)
+    if known and raw_lengths is None:
+        hint = f"{' and '.join(known)} count blocks up to that of the query token"
+        raise ArgumentValueError(RAW_LEN, "the raw tokens of each batch", None, hint)
+
+
 def check_host_lengths(
     call: Mapping[str, Any], key: Tensor, block_table: Tensor | None, batch: int, block: int, stride: int
 ) -> None:

@@ -254,6 +254,7 @@ def compress_attention_choose(
     firsts,  # [*] float32, the first block of each tile
     lengths,  # [B] int32
     rows,  # [B, 2] int32
+    raw_lengths,  # [B] int32, raw tokens; dead if not OWN
     out,  # [T, N1, DV]
     ids,  # [T, N2, K] int32
     n_items,  # B * N2
@@ -267,6 +268,9 @@ def compress_attention_choose(
     L: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,  # L', raw tokens per selection block
+    INIT: tl.constexpr,  # first blocks that are always chosen
+    LOCAL: tl.constexpr,  # last blocks that are always chosen
+    OWN: tl.constexpr,  # whether the last block is that of the query token, or the last that windows touch
     SPLITS: tl.constexpr,
     DIRECT: tl.constexpr,
     W: tl.constexpr,
@@ -291,12 +295,16 @@ def compress_attention_choose(
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_n = i_item % N2
         i_b = i_item // N2
-        i_begin, i_end, _ = query_rows(rows, i_b, n_tokens, n_all, RAGGED)
+        i_begin, i_end, i_newest = query_rows(rows, i_b, n_tokens, n_all, RAGGED)
         n_cmp = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), n_tiles_all * CUT)
         n_tiles = (n_cmp + CUT - 1) // CUT
-        n_blocks = tl.where(n_cmp > 0, ((n_cmp - 1) * D + L + BLOCK - 1) // BLOCK, 0)
+        n_touched = tl.where(n_cmp > 0, ((n_cmp - 1) * D + L + BLOCK - 1) // BLOCK, 0)
         for i_t in range(i_begin, i_end):
             i_row = i_t.to(tl.int64)
+            n_blocks = n_touched
+            if OWN:
+                n_seen = tl.load(raw_lengths + i_b) - (i_newest - 1 - i_t).to(tl.int32)
+                n_blocks = (n_seen + BLOCK - 1) // BLOCK
             i_r = (i_n.to(tl.int64) * n_all + i_row) * G
             for i_g in range(0, 0 if DIRECT else G):
                 p_state = state + (i_r + i_g) * (SPLITS * W)
@@ -325,8 +333,8 @@ def compress_attention_choose(
                 b_next = tl.where(f_t < (n_tiles + 1 - i_tile) * 1.0, b_next, -1.0)
                 b_id = b_first[:, None] + o_j.to(tl.float32)[None, :]
                 b_x = tl.where(b_x >= 0.0, b_x, 0.0)  # NaN
-                b_x = tl.where(b_id == 0.0, FORCED, b_x)
-                b_x = tl.where(b_id >= n_blocks - 2.0, FORCED, b_x)
+                b_x = tl.where(b_id < INIT, FORCED, b_x)
+                b_x = tl.where(b_id >= n_blocks * 1.0 - LOCAL, FORCED, b_x)
                 b_x = tl.where(b_id >= 0.0, b_x, -1.0)
                 b_x = tl.where(b_id < tl.minimum(b_next, n_blocks * 1.0)[:, None], b_x, -1.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +70,21 @@ def first_blocks(geometry: TileGeometry, tiles: int, device: torch.device) -> Te
 def _eights(count: int) -> int:
     """The multiple of eight, 16 or more, that holds `count` floats: rows of 64 bytes or more."""
     return max(16, -(-count // 8) * 8)
+
+
+class Forced(NamedTuple):
+    """How many blocks are always chosen: first ones, and last ones up to that of the query token if `own`, else up to
+    the last that windows touch."""
+
+    init: int
+    local: int
+    own: bool
+
+    @classmethod
+    def of(cls, num_init_blocks: int | None, num_local_blocks: int | None) -> Forced:
+        if num_init_blocks is None and num_local_blocks is None:
+            return cls(1, 2, False)  # as CANN does
+        return cls(num_init_blocks or 0, num_local_blocks or 0, True)
 
 
 class Plan(PagedPlan):
@@ -153,7 +169,8 @@ def plan_split(
     constexprs = {
         "G": plan.group, "P": plan.page, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
         "M": geometry.strides, "SHIFT": geometry.shift, "PHASES": geometry.phases, "SPLITS": plan.splits,
-        "DIRECT": plan.direct, "W": STATE, "RAGGED": rows is not None, "HIDES": raw_lengths is not None,
+        "DIRECT": plan.direct, "W": STATE, "RAGGED": rows is not None,
+        "HIDES": raw_lengths is not None and (rows is not None or plan.tokens > plan.batch),
         "BQ": queries, "BH": heads, "BN": tokens, "BC": plan.touched, "BJ": plan.columns,
         **plan.head_tiles,
     }  # fmt: skip
@@ -163,7 +180,15 @@ def plan_split(
     )
 
 
-def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, ids: Tensor) -> Launch:
+def plan_choose(
+    plan: Plan,
+    lengths: Tensor,
+    rows: Tensor | None,
+    raw_lengths: Tensor | None,
+    out: Tensor,
+    ids: Tensor,
+    forced: Forced,
+) -> Launch:
     geometry, target = plan.geometry, plan.target
     tiles = max(1, plan.choose_config.tiles["BE"] // plan.columns)
     if not target.is_ascend_code:
@@ -172,14 +197,15 @@ def plan_choose(plan: Plan, lengths: Tensor, rows: Tensor | None, out: Tensor, i
     chunks = -(-(plan.tiles + 1) // tiles)
     arguments = {
         **plan.workspace, "firsts": first_blocks(geometry, (chunks + 1) * tiles + 1, plan.device), "lengths": lengths,
-        "rows": lengths if rows is None else rows, "out": out, "ids": ids, "n_items": items,
-        "n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens, "n_tiles_all": plan.tiles,
-        "N2": plan.kv_heads,
+        "rows": lengths if rows is None else rows, "raw_lengths": lengths if raw_lengths is None else raw_lengths,
+        "out": out, "ids": ids, "n_items": items, "n_tokens": plan.tokens // plan.batch, "n_all": plan.tokens,
+        "n_tiles_all": plan.tiles, "N2": plan.kv_heads,
     }  # fmt: skip
     count = ids.shape[2]
     constexprs = {
         "G": plan.group, "K": count, "CUT": geometry.cut, "L": geometry.block, "D": geometry.stride,
-        "BLOCK": geometry.select, "SPLITS": plan.splits, "DIRECT": plan.direct, "W": STATE, "RAGGED": rows is not None,
+        "BLOCK": geometry.select, "INIT": forced.init, "LOCAL": forced.local, "OWN": forced.own,
+        "SPLITS": plan.splits, "DIRECT": plan.direct, "W": STATE, "RAGGED": rows is not None,
         "BS": target.tile(plan.splits), "BP": target.tile(min(plan.splits, JOINED)), "BJ": plan.columns,
         "BT": tiles, "CHUNKED": chunks > 1, "BC": target.tile(count),
         "DV": plan.value_dim, "BV": target.tile(plan.value_dim),
@@ -201,6 +227,8 @@ def forward(
     select_block_size: int,
     select_block_count: int,
     importance: str,
+    num_init_blocks: int | None = None,
+    num_local_blocks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, N1, DV] and ids [T, N2, K] on the device of `query`; the arguments are those of the operator."""
     target = target_of(query.device)
@@ -212,7 +240,8 @@ def forward(
         out.zero_()
         ids.fill_(-1)
     split = plan_split(plan, query, key, value, block_table, lengths, rows, raw_lengths, scale, out)
-    for launch in (split, plan_choose(plan, lengths, rows, out, ids)):
+    forced = Forced.of(num_init_blocks, num_local_blocks)
+    for launch in (split, plan_choose(plan, lengths, rows, raw_lengths, out, ids, forced)):
         launch.run(target, query.device)
     return out, ids
 
@@ -245,8 +274,9 @@ def compile_plans(
     geometry = Geometry(compress_block_size, compress_stride, block, 0)
     plan = Plan(target, query, key, value, table, geometry, count)
     hides = lengths if tokens > 1 else None
-    out = meta(rows, heads, value_dim)
+    out, ids = meta(rows, heads, value_dim), meta(rows, kv_heads, count, dtype=ints)
     return [
         plan_split(plan, query, key, value, table, lengths, None, hides, 1.0, out),
-        plan_choose(plan, lengths, None, out, meta(rows, kv_heads, count, dtype=ints)),
+        plan_choose(plan, lengths, None, lengths, out, ids, Forced.of(None, None)),
+        plan_choose(plan, lengths, None, lengths, out, ids, Forced.of(1, 2)),
     ]

@@ -18,7 +18,7 @@ from nsa_triton.ops._common.dense import with_dense_rows
 from nsa_triton.ops._common.implementation import launcher, run
 from nsa_triton.ops._common.registration import register
 from nsa_triton.ops.compress_attention_infer import reference
-from nsa_triton.ops.compress_attention_infer.contract import check_call, refuse_bad_indices
+from nsa_triton.ops.compress_attention_infer.contract import check_call, check_forced, refuse_bad_indices
 from nsa_triton.settings import settings
 
 OutputAndIds = tuple[Tensor, Tensor]
@@ -42,6 +42,8 @@ class Call(NamedTuple):
     select_block_count: int
     importance: str
     impl: str
+    num_init_blocks: int | None = None  # both None: those of CANN
+    num_local_blocks: int | None = None
 
 
 def _compress_attention_infer(*arguments: Any) -> OutputAndIds:
@@ -54,7 +56,8 @@ def _compress_attention_infer(*arguments: Any) -> OutputAndIds:
     # Kernels want dense indices and rows of consecutive elements. These tensors are small; a cache is never copied.
     query = with_dense_rows(call.query)
     indices = [None if given is None else given.contiguous() for given in call[3:7]]
-    dense: tuple[Any, ...] = (query, call.key, call.value, *indices, *call[7:-1])
+    forced = (call.num_init_blocks, call.num_local_blocks)
+    dense: tuple[Any, ...] = (query, call.key, call.value, *indices, *call[7:13], *forced)
     return run(
         call.impl,
         query.dtype,
@@ -72,6 +75,7 @@ def _compress_attention_infer_fake(*arguments: Any) -> OutputAndIds:
 
 def _check(call: Call, mode: str) -> None:
     check_importance(call.importance)
+    check_forced(call.num_init_blocks, call.num_local_blocks, call.raw_lengths)
     given = call._asdict()
     check_call({name: given[name] for name in Call._fields[:7]}, {name: given[name] for name in SIZES}, mode=mode)
 
@@ -86,7 +90,7 @@ compress_attention_infer: Callable[..., OutputAndIds] = register(
     "compress_attention_infer",
     "(Tensor query, Tensor key, Tensor value, Tensor block_table, Tensor lengths, Tensor? rows, Tensor? raw_lengths,"
     " float scale, int compress_block_size, int compress_stride, int select_block_size, int select_block_count,"
-    " str importance, str impl) -> (Tensor, Tensor)",
+    " str importance, str impl, int? num_init_blocks=None, int? num_local_blocks=None) -> (Tensor, Tensor)",
     _compress_attention_infer,
     _compress_attention_infer_fake,
 )

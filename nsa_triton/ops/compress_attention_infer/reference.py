@@ -18,7 +18,9 @@ The candidates are the nb blocks that the windows touch; the ids of kv head n ar
 
     0, nb - 2, nb - 1, then the other blocks by descending score[n, :], equal ones by ascending number, then -1
 
-cut after select_block_count. NaN counts as a score of 0.
+cut after select_block_count. NaN counts as a score of 0. With num_init_blocks or num_local_blocks the candidates of a
+query token, at position p of its batch, are the blocks 0 .. own = p // l' instead, and so many of the first and of the
+last of them come first, where other candidates have a score of 0 if no window is on them.
 
 Token i of batch b is in page block_table[b, i // page], row i % page. A page that is not in the cache is replaced by
 the nearest one that is, and what lies beyond the block table does not exist. Rows that are no query token have output 0
@@ -47,6 +49,8 @@ def forward(
     select_block_size: int,
     select_block_count: int,
     importance: str,
+    num_init_blocks: int | None = None,
+    num_local_blocks: int | None = None,
     *,
     precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -59,9 +63,14 @@ def forward(
     tensors = (query, key, value, block_table, lengths, rows, raw_lengths)
     output = query.new_zeros((*query.shape[:2], value.shape[3]))
     ids = block_table.new_full((query.shape[0], key.shape[2], select_block_count), -1, dtype=torch.int32)
-    for mine, attended, scored in _batches(*tensors, scale, *geometry, importance, precision):
+    as_cann = num_init_blocks is None and num_local_blocks is None
+    for mine, attended, scored, position in _batches(*tensors, scale, *geometry, importance, precision):
         output[mine] = attended.to(query.dtype)
-        ids[mine] = best_blocks(scored, select_block_count)
+        if as_cann or position is None:
+            ids[mine] = best_blocks(scored, select_block_count)
+        else:
+            own = position // select_block_size
+            ids[mine] = best_blocks_up_to(own, scored, select_block_count, num_init_blocks or 0, num_local_blocks or 0)
     return output, ids
 
 
@@ -82,7 +91,7 @@ def scores(
     """The scores [tokens, N2, nb] of each batch, no block forced: what the ids of `forward` are chosen by."""
     geometry = (compress_block_size, compress_stride, select_block_size)
     tensors = (query, key, value, block_table, lengths, rows, raw_lengths)
-    return [scored for _, _, scored in _batches(*tensors, scale, *geometry, importance, None)]
+    return [scored for _, _, scored, _ in _batches(*tensors, scale, *geometry, importance, None)]
 
 
 def _batches(
@@ -99,8 +108,9 @@ def _batches(
     select: int,
     importance: str,
     precision: torch.dtype | None,
-) -> list[tuple[slice, Tensor, Tensor]]:
-    """Of each batch: its rows of the packed queries, their output [tokens, N1, Dv] and scores [tokens, N2, nb]."""
+) -> list[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Of each batch: its rows of the packed queries, their output [tokens, N1, Dv], scores [tokens, N2, nb] and, if
+    known, positions [tokens] in the batch."""
     found = []
     precision = precision or torch.promote_types(query.dtype, torch.float32)
     batches, page = block_table.shape[0], key.shape[1]
@@ -114,14 +124,15 @@ def _batches(
         first, tokens = owned[b]
         mine = range(query.shape[0])[max(first, 0) : max(first + tokens, 0)]
         newer = first + tokens - 1 - torch.arange(mine.start, mine.stop, device=query.device)
-        hidden = torch.zeros_like(newer, dtype=torch.bool)
+        hidden, position = torch.zeros_like(newer, dtype=torch.bool), None
         if raw is not None:
+            position = raw[b] - 1 - newer
             hidden = newer > raw[b] - ((n - 1) * stride + block)  # more than the raw tokens behind the last window
         weights = probabilities(query[mine.start : mine.stop].to(precision), keys, scale, hidden)
         output = torch.einsum("thgn,nhd->thgd", weights.to(value.dtype).to(precision), values)
         blocks = candidates(n, block, stride, select)
         imp = block_scores.block_importance(weights, blocks, select // stride, block // stride, importance)
-        found.append((slice(mine.start, mine.stop), output.flatten(1, 2), imp.sum(2)))
+        found.append((slice(mine.start, mine.stop), output.flatten(1, 2), imp.sum(2), position))
     return found
 
 
@@ -151,3 +162,16 @@ def best_blocks(scores: Tensor, count: int) -> Tensor:
     blocks = scores.shape[-1]
     numbers = torch.arange(blocks, device=scores.device)
     return block_scores.best_blocks(scores, (numbers == 0) | (numbers >= blocks - 2), count)
+
+
+def best_blocks_up_to(own: Tensor, scores: Tensor, count: int, init: int, local: int) -> Tensor:
+    """The ids [tokens, N2, count] among the blocks 0 .. own[t], with scores [tokens, N2, nb], 0 behind them: the first
+    `init` and the last `local`, then the best, then -1."""
+    missing = max(0, int(own.max()) + 1 - scores.shape[-1]) if len(own) else 0
+    scores = torch.nn.functional.pad(scores, (0, missing))
+    numbers, last = torch.arange(scores.shape[-1], device=scores.device), own[:, None, None]
+    forced = (numbers < init) | (numbers > last - local)
+    # The blocks behind the last are the worst of all, and then none.
+    allowed = (numbers <= last).expand(scores.shape)
+    ids = block_scores.best_blocks(scores.nan_to_num(0.0).masked_fill(~allowed, -1.0), forced & allowed, count)
+    return ids.masked_fill(ids > last, -1)

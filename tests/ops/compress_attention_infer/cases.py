@@ -31,6 +31,8 @@ class Problem(NamedTuple):
     block: int
     entries: int  # K
     importance: str
+    first_blocks: int | None = None  # num_init_blocks
+    last_blocks: int | None = None  # num_local_blocks
 
     def doubled(self) -> Problem:
         return self._replace(query=self.query.double(), key=self.key.double(), value=self.value.double())
@@ -132,7 +134,9 @@ def _descending(score):
 
 def naive(problem):
     """The operator once more, in other words than reference.py: token by token and block by block, in float64."""
-    query, key, value, table, lengths, _, raw, scale, window, stride, block, entries, importance = problem.doubled()
+    query, key, value, table, lengths, _, raw, scale, window, stride, block, entries, importance = problem.doubled()[
+        :13
+    ]
     page, kv_heads = key.shape[1:3]
     group, strides, reach = query.shape[1] // kv_heads, block // stride, window // stride
     output = torch.zeros(*query.shape[:2], value.shape[3], dtype=torch.float64)
@@ -169,7 +173,7 @@ def naive(problem):
 
 def call(function, problem, impl, **changes):
     """The public function on a problem without ragged rows; in layout BSND if the query has 4 dimensions."""
-    query, key, value, table, lengths, _, raw, scale, window, stride, block, entries, importance = problem
+    query, key, value, table, lengths, _, raw, scale, window, stride, block, entries, importance = problem[:13]
     batched = query.dim() == 4
     return function(
         query,
@@ -191,6 +195,8 @@ def call(function, problem, impl, **changes):
             "actual_cmp_seq_kvlen": lengths,
             "actual_sel_seq_kvlen": raw,
             "importance": importance,
+            "num_init_blocks": problem.first_blocks,
+            "num_local_blocks": problem.last_blocks,
             "impl": impl,
         }
         | changes,
@@ -231,6 +237,6 @@ def assert_right(result: tuple[Tensor, Tensor], problem: Problem, rtol: float = 
 
 
 def _without_entries(problem):
-    parts = list(problem)
+    parts = list(problem[:13])
     del parts[-2]
     return parts

@@ -57,6 +57,26 @@ def test_rows_behind_the_query_tokens_are_nobodys(shape, device):
         assert (ids[first + tokens : first + 4] == -1).all()
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("forced", [(1, 2), (0, 1), (2, None), (0, 0), (7, 40)], ids=str)
+@pytest.mark.parametrize(("window", "importance"), [((32, 16), "cann"), ((48, 16), "overlap"), ((32, 32), "overlap")])
+def test_blocks_up_to_the_query_token(window, importance, forced, device):
+    """Its own block is the last candidate, even where no window touches it yet."""
+    sizes = Sizes(4, 2, 32, 16, 16, window, 48 if window[0] == 48 else 64, 6, importance)
+    problem = make(sizes, (0, 1, 2, 3, 7, 20, 41), (3,) * 7, hides=True)
+    tails = [length % window[1] for length in (0, 15, 1, 31, 7, 10, 13)]
+    raw = [
+        (int(n) - 1) * window[1] + window[0] + tail if n else 9 for n, tail in zip(problem.lengths, tails, strict=True)
+    ]
+    first, last = forced
+    problem = problem._replace(raw=torch.tensor(raw, dtype=torch.int32), first_blocks=first, last_blocks=last).to(
+        device
+    )
+    _, ids = run(problem)
+    _, expected = reference.forward(*problem.doubled())
+    assert torch.equal(ids, expected)
+
+
 def test_long_sequences(device):
     sizes = Sizes(4, 1, 32, 32, 128, (32, 16), 64, 16)
     problem = make(sizes, (8193 + 128, 4097), (1, 1), torch.bfloat16, columns=66).to(device)

@@ -327,3 +327,20 @@ def test_caches_of_any_strides(impl):
     query = problem.query.transpose(0, 2).contiguous().transpose(0, 2)
     actual = call(nsa_compress_attention_infer, problem._replace(query=query, key=key, value=value), impl)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("count", [3, 7])
+@pytest.mark.parametrize(("first", "last"), [(1, 2), (0, 3), (2, 0), (9, 1), (0, 0)])
+def test_blocks_are_chosen_up_to_that_of_the_query_token(first, last, count):
+    generator = torch.Generator().manual_seed(first + last)
+    scores = torch.randint(0, 4, (6, 2, 5), generator=generator).double()
+    scores[0, 0, 0] = torch.nan
+    own = torch.tensor([0, 1, 3, 4, 5, -1])
+    ids = reference.best_blocks_up_to(own, scores, count, first, last)
+    for t, newest in enumerate(own.tolist()):
+        for head in range(2):
+            known = dict(enumerate(scores[t, head].nan_to_num(0.0).tolist()))
+            always = {j for j in range(newest + 1) if j < first or j > newest - last}
+            ranked = sorted(set(range(newest + 1)) - always, key=lambda j, s=known: (-s.get(j, 0.0), j))
+            wanted = (sorted(always) + ranked)[:count]
+            assert ids[t, head].tolist() == wanted + [-1] * (count - len(wanted))

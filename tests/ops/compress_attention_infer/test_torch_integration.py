@@ -21,11 +21,12 @@ def test_the_operator_is_registered_for_every_kind_of_device(key):
 
 
 @every_impl
+@pytest.mark.parametrize("forced", [(None, None), (1, 2)], ids=str)
 @pytest.mark.parametrize("tokens", [(1, 1), (3, 1)], ids=str)
-def test_opcheck(tokens, impl):
-    problem = make(SIZES, (40, 17), tokens, hides=max(tokens) > 1, columns=3)
+def test_opcheck(tokens, forced, impl):
+    problem = make(SIZES, (40, 17), tokens, hides=max(tokens) > 1 or forced[0] is not None, columns=3)
     problem = problem._replace(key=problem.key.nan_to_num(0.5), value=problem.value.nan_to_num(0.5))
-    torch.library.opcheck(OPERATOR.default, (*problem, impl))
+    torch.library.opcheck(OPERATOR.default, (*problem[:13], impl, *forced))
 
 
 @every_impl
@@ -42,7 +43,8 @@ def test_nothing_has_a_gradient(impl):
 @every_impl
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", [list, torch.tensor])
-def test_compile_takes_the_whole_public_function(kind, backend, impl):
+@pytest.mark.parametrize("forced", [(None, None), (1, 2)], ids=str)
+def test_compile_takes_the_whole_public_function(forced, kind, backend, impl):
     def step(problem, lengths, raw, tokens):
         output, ids = call(
             nsa_compress_attention_infer,
@@ -52,6 +54,8 @@ def test_compile_takes_the_whole_public_function(kind, backend, impl):
             actual_cmp_seq_kvlen=lengths,
             actual_sel_seq_kvlen=raw,
             atten_mask=problem.query,
+            num_init_blocks=forced[0],
+            num_local_blocks=forced[1],
         )
         return output * 2, ids
 
@@ -63,7 +67,8 @@ def test_compile_takes_the_whole_public_function(kind, backend, impl):
         given = (kind(cached), kind(problem.raw.tolist()), kind([2, 1]))
         actual, expected = compiled(problem, *given), step(problem, *given)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-        assert_right((actual[0] / 2, actual[1]), problem)
+        if forced == (None, None):
+            assert_right((actual[0] / 2, actual[1]), problem)
     assert counter.frame_count <= 3  # lengths become symbolic
 
 
@@ -116,7 +121,7 @@ def test_meta_and_fake_tensors():
 def test_no_rows(impl):
     problem = make(SIZES, (40, 17), (1, 1))
     empty = (problem.query[:0], *problem[1:5], torch.zeros(2, 2, dtype=torch.int32), *problem[6:])
-    output, ids = OPERATOR(*empty, impl)
+    output, ids = OPERATOR(*empty[:13], impl)
     assert output.shape == (0, 4, 8)
     assert ids.shape == (0, 2, 4)
 

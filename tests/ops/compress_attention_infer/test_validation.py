@@ -115,6 +115,18 @@ def test_words(argument, known):
         refused(ArgumentTypeError, argument, **{argument: other})
 
 
+@pytest.mark.parametrize("argument", ["num_init_blocks", "num_local_blocks"])
+def test_forced_blocks(argument):
+    given = {"actual_sel_seq_kvlen": [340, 160]}
+    for value in (0, 1, 5000, None):
+        works(**{argument: value}, **given)
+    refused(ArgumentValueError, argument, **{argument: -1}, **given)
+    for other in (1.0, "1", True, torch.tensor(1)):
+        refused(ArgumentTypeError, argument, **{argument: other}, **given)
+    assert argument in refused(ArgumentValueError, "actual_sel_seq_kvlen", **{argument: 1})
+    refused(ArgumentValueError, "actual_cmp_seq_kvlen", **{argument: 1}, actual_sel_seq_kvlen=[352, 160])
+
+
 def test_dtypes():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert works(dtype=dtype)[0].dtype == dtype
