@@ -9,9 +9,7 @@ numbers say nothing of NPU numbers.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from nsa_triton.ascend.native import NativeKernel, compile_object, native_kernel
 from nsa_triton.runtime.executors.host import HostExecutor
 
 from .kernels import add_one, repeated_dot
+from .results import write_table
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_target.csv"
 COLUMNS = ("measured", "nsa_triton", "torch, same run", "ratio")
@@ -99,11 +98,7 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     rows = [matrix_row(dtype, transposed) for dtype in dtypes for transposed in (False, True)]
     rows += [launch_row(), compile_row()]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=output.parent, delete=False, newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-    Path(file.name).replace(output)
+    write_table(output, [COLUMNS, *rows])
     for row in (COLUMNS, *rows):
         print(" | ".join(row))
 

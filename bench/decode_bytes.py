@@ -11,10 +11,8 @@ stands outside of the loops, one table of constants that all programs read, coun
 from __future__ import annotations
 
 import argparse
-import csv
 import linecache
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,8 @@ from nsa_triton.ops.compress_infer import launch as compress
 from nsa_triton.ops.select_attention_infer import launch as select_attention
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import ascend_target
+
+from .results import write_table
 
 RESULTS = Path(__file__).parent / "results" / "ascend" / "decode_bytes.csv"
 COLUMNS = (
@@ -94,8 +94,8 @@ def compressed_attention_bytes(shape: Shape, context: int, chip_name: str) -> tu
     """What the two launches move, and the keys, values, query, output and ids that must be moved."""
     one = chip(chip_name)
     tokens = (context - shape.window) // shape.stride + 1
-    split, choose = compress_attention.compile_plans(
-        ascend_target(one.name, one.vector_cores, one.cube_cores), shape.dtype, 1, shape.heads, shape.kv_heads,
+    split, choose, _ = compress_attention.compile_plans(
+        ascend_target(one), shape.dtype, 1, shape.heads, shape.kv_heads,
         shape.key_dim, shape.value_dim, shape.window, shape.stride, shape.block, shape.count, shape.page, 1, tokens,
     )  # fmt: skip
     tiles = -(-tokens // split.constexprs["CUT"])
@@ -116,7 +116,7 @@ def compressed_attention_bytes(shape: Shape, context: int, chip_name: str) -> tu
 def selected_attention_bytes(shape: Shape, context: int, chip_name: str) -> float:
     one = chip(chip_name)
     split, *join = select_attention.compile_plans(
-        ascend_target(one.name, one.vector_cores, one.cube_cores), shape.dtype, 1, shape.heads, shape.kv_heads,
+        ascend_target(one), shape.dtype, 1, shape.heads, shape.kv_heads,
         shape.key_dim, shape.value_dim, shape.block, shape.count, shape.page, 1,
     )  # fmt: skip
     constexprs = split.constexprs
@@ -131,7 +131,7 @@ def selected_attention_bytes(shape: Shape, context: int, chip_name: str) -> floa
 def compression_bytes(shape: Shape, chip_name: str) -> float:
     """Of keys and values; a token in `stride` completes a window."""
     one = chip(chip_name)
-    target = ascend_target(one.name, one.vector_cores, one.cube_cores)
+    target = ascend_target(one)
     total = 0.0
     for size in (shape.key_dim, shape.value_dim):
         (launch,) = compress.compile_plans(
@@ -168,10 +168,7 @@ def main() -> None:
     parser.add_argument("--chip", default="Ascend910B2", help="default: %(default)s")
     options = parser.parse_args()
     table = rows(Shape(), options.chip)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=options.output.parent, delete=False, newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
-    Path(file.name).replace(options.output)
+    write_table(options.output, [COLUMNS, *table])
     for row in (COLUMNS, *table):
         print(" | ".join(row))
 

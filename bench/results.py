@@ -13,7 +13,7 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -157,6 +157,14 @@ def write_atomically(path: Path, text: str) -> None:
         except OSError:
             Path(file.name).unlink()
             raise
+
+
+def write_table(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """A table of which all rows are known, its head among them; folders are made."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue())
 
 
 def _lines(rows: list[dict[str, str]], *, header: bool = False) -> str:

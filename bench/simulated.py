@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +24,8 @@ from nsa_triton.runtime.executors.host import HostExecutor
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulating
 from nsa_triton.workloads import OPS, SHAPES, Workload, workload
+
+from .results import write_table
 
 RESULTS = Path(__file__).parent / "results" / "ascend" / "simulated.csv"
 COLUMNS = (
@@ -104,13 +105,6 @@ def read(file: Path) -> list[Row]:
     return [tuple(row) for row in found] if tuple(head) == COLUMNS else []
 
 
-def write(file: Path, table: list[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, newline="") as text:
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *table])
-    Path(text.name).replace(file)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
@@ -128,7 +122,7 @@ def main() -> None:
                 for row in rows(work, found, options.chip):
                     print(" | ".join(row), file=sys.stderr, flush=True)
                     new.append(row)
-                write(options.output, merged(read(options.output), new))
+                write_table(options.output, [COLUMNS, *merged(read(options.output), new)])
 
 
 if __name__ == "__main__":

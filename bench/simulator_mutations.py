@@ -12,10 +12,8 @@ hole in the checker. Counts differ a little from run to run, as both compilers p
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import sys
-import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -39,6 +37,8 @@ from nsa_triton.ascend.toolchain import Compiler, compilers
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulating
 from tests.ascend.simulator.mutations import CHIP, KINDS, LOCATION, Launched, Mutation, Outcome, observe, sample
+
+from .results import write_table
 
 RESULTS = Path(__file__).parent / "results" / "ascend" / "simulator_mutations.csv"
 COLUMNS = ("kernel", "compiler", "kind", "detected by", "count")
@@ -481,10 +481,7 @@ def main() -> None:
     for trial in found:
         if trial.disagrees or trial.missed or (options.verbose and not trial.detected):
             print(trial.kernel, trial.compiler, trial.mutation, "->", trial.verdict, trial.disagrees)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=options.output.parent, delete=False, newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table(found)])
-    Path(file.name).replace(options.output)
+    write_table(options.output, [COLUMNS, *table(found)])
     print(*summary(found), sep="\n")
     sys.exit(any(trial.missed for trial in found))
 

@@ -9,9 +9,7 @@ same tiles and the same grid; where it is written by hand, ours can only be comp
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from nsa_triton.errors import CompileError
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 
 from . import simulator_kernels as kernels
+from .results import write_table
 
 RESULTS = Path(__file__).parent / "results" / "ascend" / "simulator_published.csv"
 COLUMNS = (
@@ -212,10 +211,7 @@ def main() -> None:
                 for row in table_rows(case, compiler):
                     print(" | ".join(row[:9]), file=sys.stderr, flush=True)
                     table.append(row)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=output.parent, delete=False, newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(table)
-    Path(file.name).replace(output)
+    write_table(output, table)
 
 
 if __name__ == "__main__":
