@@ -37,7 +37,7 @@ def reports(launch: ModuleType, chip_name: str, version: str, shapes: Any) -> li
         pytest.skip(f"ascendnpu-ir {version} is not installed; `nsa-triton compile --compiler {version}` says how")
     compiler = next(compiler for compiler in compilers() if compiler.version == version)
     one = chip(chip_name)
-    target = ascend_target(one.name, one.vector_cores, one.cube_cores, version)
+    target = ascend_target(one, version)
     found = {}
     for shape in shapes:
         for plan in launch.compile_plans(target, *shape):

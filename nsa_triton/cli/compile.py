@@ -64,7 +64,7 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     versions = [compiler(version) for version in options.compiler or [None]]
     jobs: dict[tuple[str, str, str, str], Job] = {}
     for one, version in itertools.product(chips, versions):
-        target = ascend_target(one.name, one.vector_cores, one.cube_cores, version.version)
+        target = ascend_target(one, version.version)
         for launch in (launch for case in cases for launch in case.plans(target)):
             spec = launch.specialization()
             job = Job(spec, one.name, version, launch.options, launch.ub_limit)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def simulating(executor: SimulatorExecutor) -> Iterator[SimulatorExecutor]:
     """Ops that are called inside with CPU tensors take `executor`'s chip for their target and run there."""
     chip = executor.chip
-    target = STAND_IN.set(ascend_target(chip.name, chip.vector_cores, chip.cube_cores, executor.compiler.version))
+    target = STAND_IN.set(ascend_target(chip, executor.compiler.version))
     instead = INSTEAD.set(executor)
     try:
         yield executor

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_triton.ascend.chips import Chip
 from nsa_triton.ascend.toolchain import compiler_on_path
 from nsa_triton.errors import ArgumentValueError
 
@@ -95,9 +96,9 @@ def _npu_target(index: int | None) -> Target:
     return Target("npu", name, properties["num_vectorcore"], properties["num_aicore"], compiler_on_path())
 
 
-def ascend_target(chip: str, vector_cores: int, cube_cores: int, compiler: str | None = None) -> Target:
-    """A chip to compile for on a machine that does not have it."""
-    return Target("npu", chip, vector_cores, cube_cores, compiler)
+def ascend_target(chip: Chip, compiler: str | None = None) -> Target:
+    """A chip to compile for on a machine that does not have it, by a version of the compiler, or any."""
+    return Target("npu", chip.name, chip.vector_cores, chip.cube_cores, compiler)
 
 
 def present_targets() -> list[str]:

@@ -86,7 +86,7 @@ def place_named(name: str, version: str | None) -> Place:
         known = ", ".join((*present, *sorted(CHIPS)))
         raise ArgumentValueError("chip", f"one of {known}", repr(name))
     one = chip(name)
-    target = ascend_target(one.name, one.vector_cores, one.cube_cores, compiler(version).version)
+    target = ascend_target(one, compiler(version).version)
     return Place(target, torch.device("cpu"), simulated=True)
 
 

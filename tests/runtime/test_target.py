@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nsa_triton.ascend.chips import chip
 from nsa_triton.errors import ArgumentValueError
 from nsa_triton.runtime import target as module
 from nsa_triton.runtime.target import Target, ascend_target, present_targets, target_of
 
-NPU = ascend_target("Ascend910B2", 48, 24)
+NPU = ascend_target(chip("Ascend910B2"))
 GPU = Target("cuda", "nvidia-h200", 132, 132)
 
 

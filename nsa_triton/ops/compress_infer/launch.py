@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.plans import CallPlan
 from nsa_triton.ops._common.weights import head_major
 from nsa_triton.ops.compress_infer import kernels
 from nsa_triton.runtime.configs import lookup
@@ -69,8 +70,7 @@ def plan_forward(
         "cache_r": cache.stride(0), "cache_n": cache.stride(1),
     }  # fmt: skip
     constexprs = {"L": length, "S": stride, "C": rows, "BD": wide, "PAGED": paged}
-    options = config.options.get(target.kind, {})
-    return Launch(kernels.compress_infer, target.programs(items), arguments, constexprs, options, config.ub_limit)
+    return CallPlan(target, x).launch(kernels.compress_infer, items, arguments, constexprs, config)
 
 
 def forward(
