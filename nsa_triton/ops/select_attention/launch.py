@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa_triton.ops._common.plans import AttentionPlan, cut_length
 from nsa_triton.ops._common.statistics import LOWEST, STATE
 from nsa_triton.ops._common.tiles import Ragged, key_tiles, query_tiles, split, table
-from nsa_triton.ops.select_attention import kernels
+from nsa_triton.ops.select_attention import kernels, list_kernels
 from nsa_triton.runtime.configs import Config, lookup
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
@@ -180,7 +180,7 @@ def plan_union(plan: Plan) -> Launch:
         "K": plan.count, "L": plan.block, "E": plan.entries, "U": plan.union_width, "CAUSAL": plan.causal,
         "BC": min(config.tiles["BC"], plan.target.tile(plan.entries)), "BE": plan.target.tile(plan.union_width),
     }  # fmt: skip
-    return plan.launch(kernels.select_attention_union, items, arguments, constexprs, config)
+    return plan.launch(list_kernels.select_attention_union, items, arguments, constexprs, config)
 
 
 def plan_forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float, outputs: list[Tensor]) -> Launch:
@@ -282,19 +282,19 @@ def plan_inverse(inverse: Inverse) -> tuple[Launch, Launch, Launch]:
     arguments = {
         "union": plan.union, "groups": inverse.groups, "before": inverse.before, "counts": inverse.counts, **sizes,
     }  # fmt: skip
-    count = plan.launch(kernels.select_attention_count, items, arguments, {**constexprs, "BG": GROUP}, config)
+    count = plan.launch(list_kernels.select_attention_count, items, arguments, {**constexprs, "BG": GROUP}, config)
 
     config = plan.config(PLACE)
     places = {"places": inverse.places, "parts": inverse.parts}
     arguments = {"counts": inverse.counts, **places, "n_rows": inverse.rows, "most": inverse.most}
-    place = plan.launch(kernels.select_attention_place, 1, arguments, {"BO": config.tiles["BO"]}, config)
+    place = plan.launch(list_kernels.select_attention_place, 1, arguments, {"BO": config.tiles["BO"]}, config)
 
     arguments = {
         "union": plan.union, "groups": inverse.groups, "before": inverse.before, **places, "entries": inverse.entries,
         "rows": inverse.part_rows, **sizes,
     }  # fmt: skip
     config = plan.config(COUNT)
-    return count, place, plan.launch(kernels.select_attention_fill, items, arguments, constexprs, config)
+    return count, place, plan.launch(list_kernels.select_attention_fill, items, arguments, constexprs, config)
 
 
 def plan_key_grads(
