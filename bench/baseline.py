@@ -54,7 +54,7 @@ def programs(version: Compiler, done: Callable[[str], None]) -> dict[str, Figure
 def _jobs(version: Compiler) -> Iterator[tuple[str, Job]]:
     """Every launch of every compile case; launches that several cases share come once."""
     one, seen = chip(CHIP), set()
-    target = ascend_target(one.name, one.vector_cores, one.cube_cores, version.version)
+    target = ascend_target(one, version.version)
     for family in FAMILIES:
         for case in family.compile_cases():
             for number, launch in enumerate(case.plans(target), 1):

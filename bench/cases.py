@@ -55,9 +55,14 @@ CASES = (
     Case("nsa_compress_attention_grad", TRAINING, CPU_TRAINING, PROVIDERS),
     Case("nsa_select_attention", TRAINING, CPU_TRAINING, PROVIDERS),
     Case("nsa_select_attention_grad", TRAINING, CPU_TRAINING, PROVIDERS),
+    Case("nsa_gated_combine", TRAINING, (1024, 4096, 16384), COMPRESSION),
+    Case("nsa_gated_combine_grad", TRAINING, (1024, 4096, 16384), COMPRESSION),
+    Case("nsa_sliding_window_attention", TRAINING, CPU_TRAINING, PROVIDERS),
+    Case("nsa_sliding_window_attention_grad", TRAINING, CPU_TRAINING, PROVIDERS),
     Case("nsa_compress_infer", DECODING, CPU_DECODING, COMPRESSION),
     Case("nsa_compress_attention_infer", DECODING, CPU_DECODING, PROVIDERS),
     Case("nsa_select_attention_infer", DECODING, CPU_DECODING, PROVIDERS),
+    Case("nsa_sliding_window_attention_infer", DECODING, CPU_DECODING, PROVIDERS),
 )
 
 

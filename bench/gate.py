@@ -22,6 +22,8 @@ from nsa_triton.ops.compress_attention import reference as compress_attention
 from nsa_triton.ops.compress_attention_infer import reference as compress_attention_infer
 from nsa_triton.ops.select_attention import reference as select_attention
 from nsa_triton.ops.select_attention_infer import reference as select_attention_infer
+from nsa_triton.ops.sliding_window_attention import reference as sliding_window_attention
+from nsa_triton.ops.sliding_window_attention_infer import reference as sliding_window_attention_infer
 from nsa_triton.workloads import Workload
 
 Tensors = tuple[Tensor, ...]
@@ -188,6 +190,38 @@ def _select_attention_grad(work: Workload) -> Gate:
     return Gate(backward(_doubles(work.inputs)), backward(work.inputs), (terms, sums, sums), _as_tuple)
 
 
+def _gated_combine(work: Workload) -> Gate:
+    return _sums(work, 3)
+
+
+def _gated_combine_grad(work: Workload) -> Gate:
+    return _sums(work, 1, 1, 1, work.shape.value_dim)
+
+
+def _windowed_geometry(work: Workload) -> Any:
+    ends = _ends(work, work.tokens)
+    return ends, ends, work.shape.key_dim**-0.5, work.shape.local
+
+
+def _sliding_window_attention(work: Workload) -> Gate:
+    def forward(t: Mapping[str, Tensor], precision: torch.dtype | None = None) -> Tensors:
+        return sliding_window_attention.forward(t["q"], t["k"], t["v"], *_windowed_geometry(work), precision=precision)
+
+    plain, in_dtype = forward(work.inputs), forward(work.inputs, precision=work.dtype)
+    terms, _ = _terms(work, work.shape.local)
+    eager = (in_dtype[0], plain[1])  # the log-sum-exp is float32 in any case
+    return Gate(forward(_doubles(work.inputs)), eager, (terms, terms), _as_tuple)
+
+
+def _sliding_window_attention_grad(work: Workload) -> Gate:
+    def backward(t: Mapping[str, Tensor]) -> Tensors:
+        given = (t["g"], t["q"], t["k"], t["v"], t["out"], t["lse"])
+        return sliding_window_attention.backward(*given, *_windowed_geometry(work), precision=t["q"].dtype)
+
+    terms, sums = _terms(work, work.shape.local)
+    return Gate(backward(_doubles(work.inputs)), backward(work.inputs), (terms, sums, sums), _as_tuple)
+
+
 def _select_attention_infer(work: Workload) -> Gate:
     lengths = torch.full((work.batch,), work.tokens, dtype=torch.int32)
 
@@ -205,14 +239,37 @@ def _select_attention_infer(work: Workload) -> Gate:
     return Gate(forward(_doubles(work.inputs)), forward(work.inputs), (terms,), comparable)
 
 
+def _sliding_window_attention_infer(work: Workload) -> Gate:
+    lengths = torch.full((work.batch,), work.tokens, dtype=torch.int32)
+    sizes = (work.shape.key_dim**-0.5, work.shape.local)
+
+    def forward(t: Mapping[str, Tensor]) -> Tensors:
+        q = t["q"].flatten(0, 1)
+        cached = (q, t["k"], t["v"], t["table"], lengths.to(q.device), None)
+        out, _ = sliding_window_attention_infer.forward(*cached, *sizes, precision=q.dtype)
+        return (out,)
+
+    def comparable(result: Any) -> Tensors:
+        out = result[0] if isinstance(result, tuple) else result
+        return (out.flatten(0, 1),)
+
+    terms, _ = _terms(work, work.shape.local)
+    return Gate(forward(_doubles(work.inputs)), forward(work.inputs), (terms,), comparable)
+
+
 _GATES: dict[str, Callable[[Workload], Gate]] = {
     "nsa_compress": _compress,
     "nsa_compress_grad": _compress_grad,
     "nsa_compress_infer": _compress,
+    "nsa_gated_combine": _gated_combine,
+    "nsa_gated_combine_grad": _gated_combine_grad,
     "nsa_compress_attention": _compress_attention,
     "nsa_compress_attention_grad": _compress_attention_grad,
     "nsa_compress_attention_infer": _compress_attention_infer,
     "nsa_select_attention": _select_attention,
     "nsa_select_attention_grad": _select_attention_grad,
     "nsa_select_attention_infer": _select_attention_infer,
+    "nsa_sliding_window_attention": _sliding_window_attention,
+    "nsa_sliding_window_attention_grad": _sliding_window_attention_grad,
+    "nsa_sliding_window_attention_infer": _sliding_window_attention_infer,
 }

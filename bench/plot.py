@@ -45,9 +45,12 @@ OPS = {
     "nsa_compress_attention_grad": "Compressed attention, gradient",
     "nsa_select_attention": "Selected attention",
     "nsa_select_attention_grad": "Selected attention, gradient",
+    "nsa_gated_combine": "Gated sum",
+    "nsa_gated_combine_grad": "Gated sum, gradient",
     "nsa_compress_infer": "Compression, decoding",
     "nsa_compress_attention_infer": "Compressed attention, decoding",
     "nsa_select_attention_infer": "Selected attention, decoding",
+    "nsa_sliding_window_attention_infer": "Sliding window, decoding",
 }
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 DPI = 150

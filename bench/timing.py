@@ -30,24 +30,32 @@ class Clock:
         """Microseconds of a call whose inputs are in no cache, and of the next one."""
         self._larger_than_cache.zero_()
         if self.device.type != "cpu":
-            return self._by_events(call)
+            cold, warm = self._by_events([call, call])
+            return cold, warm
         began = time.perf_counter()
         call()
         between = time.perf_counter()
         call()
         return (between - began) * 1e6, (time.perf_counter() - between) * 1e6
 
-    def _by_events(self, call: Callable[[], Any]) -> tuple[float, float]:
+    def once(self, call: Callable[[], Any]) -> float:
+        """Microseconds of a call, whatever is in the caches."""
+        if self.device.type != "cpu":
+            return self._by_events([call])[0]
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1e6
+
+    def _by_events(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         """Nothing waits before the end: while the device still writes the buffer, the host prepares the calls."""
         module = getattr(torch, self.device.type)
-        marks = [module.Event(enable_timing=True) for _ in range(3)]
+        marks = [module.Event(enable_timing=True) for _ in range(len(calls) + 1)]
         marks[0].record()
-        for mark in marks[1:]:
+        for call, mark in zip(calls, marks[1:], strict=True):
             call()
             mark.record()
         module.synchronize()
-        cold, warm = (first.elapsed_time(last) * 1e3 for first, last in itertools.pairwise(marks))
-        return cold, warm
+        return [first.elapsed_time(last) * 1e3 for first, last in itertools.pairwise(marks)]
 
 
 def cache_bytes(device: torch.device) -> int:

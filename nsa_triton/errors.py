@@ -49,5 +49,9 @@ class CompileError(NsaError, RuntimeError):
         super().__init__(message)
 
 
+class CacheFullError(NsaError, RuntimeError):
+    """A cache has too few free pages for new tokens; nothing was changed."""
+
+
 class ConfigError(NsaError, ValueError):
     """A file under autotune_configs, or a setting, that cannot be used."""

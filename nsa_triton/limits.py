@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -271,6 +271,41 @@ def _select_attention() -> Iterator[Limit]:
     yield Limit(op, "S2 % select_block_size", remainder, Range(0), Equal(0), "CANN takes whole blocks")
 
 
+def _gated_combine() -> Iterator[Limit]:
+    """They also hold for the gradient. CANN has no such operator: there is nothing else to document."""
+    op = "nsa_gated_combine"
+    yield _same(op, "dtype", "compressed.dtype", _DTYPE, "Convert the branches with .to(dtype)")
+    yield _same(op, "N1", "compressed.shape[-2] (N1)", Range(1))
+    yield _same(op, "Dv", "compressed.shape[-1] (Dv)", Range(1))
+
+
+def _sliding_window_attention() -> Iterator[Limit]:
+    """They also hold for the gradient. CANN has no such operator: there is nothing else to document."""
+    op = "nsa_sliding_window_attention"
+    yield _same(op, "dtype", "query.dtype", _DTYPE, "Convert query, key and value with .to(dtype)")
+    yield _same(op, "window_size", "window_size", Range(1))
+    yield _same(op, "query heads", "query.shape[1] (N1)", Range(1))
+    for limit in _packed_attention(op, "actual_seq_kvlen", max_group=1, max_batch=1):
+        yield replace(limit, documented=limit.structural)
+    yield _same(op, "Dk", "query.shape[2] (Dk)", Range(1))
+    yield _same(op, "Dv", "value.shape[2] (Dv)", Range(1))
+
+
+def _sliding_window_attention_infer() -> Iterator[Limit]:
+    """CANN has no such operator: there is nothing else to document."""
+    op = "nsa_sliding_window_attention_infer"
+    yield _same(op, "dtype", "query.dtype", _DTYPE, "Convert query, key and value with .to(dtype)")
+    yield _same(op, "window_size", "window_size", Range(1))
+    yield _same(op, "page_block_size", "page_block_size", Range(16, multiple_of=16))
+    for limit in _attention_heads(op, max_group=1):
+        yield replace(limit, documented=limit.structural)
+    yield _same(op, "B", "batches (B)", Range(1))
+    yield _same(op, "key_value_head_num", "key_value_head_num", Range(1))
+    yield _same(op, "Dk", "query head size (Dk)", Range(1))
+    yield _same(op, "Dv", "value head size (Dv)", Range(1))
+    yield _same(op, "S", "query tokens per batch (S)", Range(1))
+
+
 LIMITS: tuple[Limit, ...] = (
     *_COMPRESS,
     *_compress_infer(),
@@ -278,6 +313,9 @@ LIMITS: tuple[Limit, ...] = (
     *_select_attention_infer(),
     *_select_attention(),
     *_compress_attention(),
+    *_sliding_window_attention(),
+    *_sliding_window_attention_infer(),
+    *_gated_combine(),
 )
 
 

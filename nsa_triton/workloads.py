@@ -22,7 +22,8 @@ from nsa_triton.errors import ArgumentValueError
 
 @dataclass(frozen=True)
 class Shape:
-    """The attention of a model: heads and their sizes, compression windows, selection blocks, pages of its caches."""
+    """The attention of a model: heads and their sizes, compression windows, selection blocks, pages of its caches, and
+    tokens of the sliding window."""
 
     name: str
     heads: int
@@ -34,6 +35,7 @@ class Shape:
     block: int = 64
     count: int = 16
     page: int = 128
+    local: int = 512
 
     @property
     def group(self) -> int:
@@ -446,6 +448,107 @@ def _decoded_elements(shape: Shape, batch: int, rows: int) -> int:
     return (batch * shape.heads + rows) * (shape.key_dim + shape.value_dim)
 
 
+# ---- attention over the newest tokens ----
+
+
+def _sliding_window_attention(request: _Request) -> Workload:
+    shape, inputs = request.shape, request.packed(request.tokens)
+    ends = request.ends(request.tokens)
+    sizes = (shape.key_dim**-0.5, shape.heads, shape.local)
+
+    def compute(t: Mapping[str, Tensor], impl: str) -> tuple[Tensor, ...]:
+        return nsa_triton.nsa_sliding_window_attention(
+            t["q"], t["k"], t["v"], *sizes, actual_seq_qlen=ends, actual_seq_kvlen=ends, impl=impl
+        )
+
+    rows = request.batch * request.tokens * shape.heads
+    return request.workload(
+        inputs,
+        compute,
+        flops=_forward_flops(shape, _visible_tokens(request)),
+        bytes=_bytes(*inputs.values()) + rows * (shape.value_dim * request.dtype.itemsize + 4),
+    )
+
+
+def _sliding_window_attention_grad(request: _Request) -> Workload:
+    shape, forward = request.shape, _sliding_window_attention(request)
+    ends = request.ends(request.tokens)
+    sizes = (shape.key_dim**-0.5, shape.heads, shape.local)
+    size = (request.batch * request.tokens, shape.heads)
+    grad = request.tensor(*size, shape.value_dim)
+    out, lse = request.tensor(*size, shape.value_dim), torch.empty(size, device=request.device)
+    if request.filled:
+        out, lse = forward.call("auto")
+    inputs = {**forward.inputs, "g": grad, "out": out, "lse": lse}
+
+    def compute(t: Mapping[str, Tensor], impl: str) -> tuple[Tensor, ...]:
+        return nsa_triton.nsa_sliding_window_attention_grad(
+            t["g"], t["q"], t["k"], t["v"], t["out"], t["lse"], *sizes, actual_seq_qlen=ends, actual_seq_kvlen=ends,
+            impl=impl,
+        )  # fmt: skip
+
+    flops = _backward_flops(shape, _visible_tokens(request))
+    moved = _bytes(*inputs.values()) + _bytes(*forward.inputs.values())
+    return request.workload(inputs, compute, flops=flops, bytes=moved)
+
+
+def _visible_tokens(request: _Request) -> int:
+    """Pairs of a query token and a token of its window, of all sequences and kv heads."""
+    tokens, first = request.tokens, min(request.tokens, request.shape.local)  # so many windows are cut by the beginning
+    each = first * (first + 1) // 2 + (tokens - first) * request.shape.local
+    return request.batch * request.shape.kv_heads * each
+
+
+def _sliding_window_attention_infer(request: _Request) -> Workload:
+    shape, batch = request.shape, request.batch
+    inputs = {"q": request.tensor(batch, 1, shape.heads, shape.key_dim), **request.paged(request.tokens)}
+    sizes = (shape.key_dim**-0.5, shape.heads, shape.kv_heads, shape.local, shape.page)
+
+    def compute(t: Mapping[str, Tensor], impl: str) -> Any:
+        return nsa_triton.nsa_sliding_window_attention_infer(
+            t["q"], t["k"], t["v"], *sizes, block_table=t["table"],
+            actual_seq_qlen=[1] * batch, actual_seq_kvlen=[request.tokens] * batch, impl=impl,
+        )  # fmt: skip
+
+    pairs = batch * shape.kv_heads * min(shape.local, request.tokens)
+    moved = _decoded_elements(shape, batch, pairs) * request.dtype.itemsize
+    return request.workload(inputs, compute, flops=_forward_flops(shape, pairs), bytes=moved)
+
+
+# ---- the gated sum of the branches ----
+
+
+def _gated_combine(request: _Request) -> Workload:
+    inputs = _to_combine(request)
+
+    def compute(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        return nsa_triton.nsa_gated_combine(t["compressed"], t["selected"], t["local"], t["gates"], impl=impl)
+
+    branch = inputs["compressed"]
+    # Three products and two sums for each element.
+    return request.workload(inputs, compute, flops=5 * branch.numel(), bytes=_bytes(*inputs.values(), branch))
+
+
+def _gated_combine_grad(request: _Request) -> Workload:
+    forward = _to_combine(request)
+    branch = forward["compressed"]
+    inputs = {**forward, "g": request.tensor(*branch.shape)}
+
+    def compute(t: Mapping[str, Tensor], impl: str) -> tuple[Tensor, ...]:
+        branches = (t["compressed"], t["selected"], t["local"])
+        return nsa_triton.nsa_gated_combine_grad(t["g"], *branches, t["gates"], impl=impl)
+
+    # For each element of a branch its gradient, and a product that is added to the gradient of the gate.
+    moved = _bytes(*inputs.values()) + _bytes(*forward.values())
+    return request.workload(inputs, compute, flops=3 * 3 * branch.numel(), bytes=moved)
+
+
+def _to_combine(request: _Request) -> dict[str, Tensor]:
+    shape, rows = request.shape, (request.batch * request.tokens, request.shape.heads)
+    branches = {name: request.tensor(*rows, shape.value_dim) for name in ("compressed", "selected", "local")}
+    return {**branches, "gates": request.tensor(*rows, 3)}
+
+
 # ---- which blocks are selected ----
 
 
@@ -552,8 +655,13 @@ _BUILDERS: dict[str, Callable[[_Request], Workload]] = {
     "nsa_compress_attention_grad": _compress_attention_grad,
     "nsa_select_attention": _select_attention,
     "nsa_select_attention_grad": _select_attention_grad,
+    "nsa_gated_combine": _gated_combine,
+    "nsa_gated_combine_grad": _gated_combine_grad,
     "nsa_compress_infer": _compress_infer,
     "nsa_compress_attention_infer": _compress_attention_infer,
     "nsa_select_attention_infer": _select_attention_infer,
+    "nsa_sliding_window_attention": _sliding_window_attention,
+    "nsa_sliding_window_attention_grad": _sliding_window_attention_grad,
+    "nsa_sliding_window_attention_infer": _sliding_window_attention_infer,
 }
 OPS = tuple(_BUILDERS)

@@ -1,4 +1,4 @@
-"""The generated parts of README.md and docs/. `python -m tests.readme` rewrites them; test_readme.py compares."""
+"""The generated parts of both READMEs and of docs/. `python -m tests.readme` rewrites them; test_readme.py compares."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from pathlib import Path
 from bench.baseline import KINDS
 from nsa_triton.ascend.simulator.costs import parameters
 from nsa_triton.cli.ops import LIMIT_COLUMNS, OP_COLUMNS, limit_rows, markdown, op_rows
+from nsa_triton.ops.catalog import FAMILIES, Family
+from nsa_triton.workloads import BATCH, SHAPES
+
+from . import op_pages
+from .chinese import translated
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "simulator.md", ROOT / "docs" / "kernels.md")
+README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+OPS = ROOT / "docs" / "ops"
+OP_PAGES = {family: OPS / f"{family.name}.md" for family in FAMILIES}
+PAGES = (README, CHINESE, ROOT / "docs" / "simulator.md", ROOT / "docs" / "kernels.md", *OP_PAGES.values())
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- begin generated: (.+?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
@@ -59,11 +66,11 @@ def _parameters() -> str:
     return f"Model version {model['version']}.\n\n" + "\n".join(tables)
 
 
-def _simulated() -> str:
-    """One row per operator and length: the sum over its kernels with each compiler, and what the slowest kernel waits
-    for with the newest one."""
+def _simulated(operators: tuple[str, ...] = ()) -> str:
+    """One row per operator (of all, or of those named) and length: the sum over its kernels with each compiler, and
+    what the slowest kernel waits for with the newest one."""
     with (RESULTS / "ascend" / "simulated.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
+        found = [row for row in csv.DictReader(file) if row["operator"] in operators or not operators]
     compilers = list(dict.fromkeys(row["compiler"] for row in found))
     rows: list[tuple[str, ...]] = []
     for operator, tokens in dict.fromkeys((row["operator"], row["tokens"]) for row in found):
@@ -78,6 +85,22 @@ def _simulated() -> str:
     return markdown(("operator", "tokens", *(f"µs, {name}" for name in compilers), "slowest kernel, its busiest"), rows)
 
 
+def _simulated_family(family: Family) -> str:
+    """The same of one family, and what was simulated."""
+    table = _simulated(tuple(op.name for op in family.ops))
+    if table.count("\n") == 2:  # no row
+        return "No simulated time is recorded, and none was measured on an NPU.\n"
+    shape = SHAPES["paper"]
+    label = (
+        "**Simulated on Ascend910B2, not measured**, by both Ascend compilers, at the paper's shape: "
+        f"{shape.heads} query heads, {shape.kv_heads} kv heads of {shape.key_dim}/{shape.value_dim}, windows of "
+        f"{shape.window} every {shape.stride} tokens, {shape.count} blocks of {shape.block}, a sliding window of "
+        f"{shape.local}, bf16; training operators one sequence, decoding operators one new token of each of {BATCH} "
+        "([how, and how wrong it may be](../simulator.md); [kernel by kernel](../kernels.md))."
+    )
+    return f"{op_pages.paragraph(label)}\n\n{table}"
+
+
 def _instructions() -> str:
     """Of the training attention kernels at the paper's shape: instructions by kind and on-chip memory."""
     kept = json.loads((RESULTS / "baseline.json").read_text())
@@ -85,10 +108,11 @@ def _instructions() -> str:
     rows = []
     for name, found in figures.items():
         kernel, _, case = name.partition(", launch ")
+        _, _, of_op = case.partition(" of ")
         if "attention bfloat16 N=64/4 D=192/128" in case and "infer" not in case:
             ub = f"{found['UB bytes'] / 1024:.0f} KiB"
-            rows.append((kernel, *(f"{found[f'{kind} instructions']:g}" for kind in KINDS), ub))
-    return markdown(("kernel", *KINDS, "unified buffer"), rows)
+            rows.append((of_op.split()[0], kernel, *(f"{found[f'{kind} instructions']:g}" for kind in KINDS), ub))
+    return markdown(("operator", "kernel", *KINDS, "unified buffer"), rows)
 
 
 def _mutations() -> str:
@@ -123,12 +147,21 @@ PARTS: dict[str, Callable[[], str]] = {
     "python -m bench.simulator_mutations": _mutations,
     "python -m bench.decode_bytes": functools.partial(_table, "ascend/decode_bytes.csv"),
 }
+for _family in FAMILIES:
+    PARTS |= op_pages.parts(_family)
+    PARTS[op_pages.part_name(_family, "simulated")] = functools.partial(_simulated_family, _family)
 
 
-def regenerated(text: str) -> str:
-    return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}{part[4]}", text)
+def regenerated(page: Path) -> str:
+    """The text of a page, with its generated parts as they are now."""
+
+    def part(found: re.Match[str]) -> str:
+        text = PARTS[found[2]]()
+        return f"{found[1]}{translated(text) if page == CHINESE else text}{found[4]}"
+
+    return PART.sub(part, page.read_text())
 
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(regenerated(page.read_text()))
+        page.write_text(regenerated(page))

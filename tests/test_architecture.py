@@ -79,6 +79,26 @@ def test_only_the_command_line_imports_tuning(file):
     assert not any_under(imports(file), "nsa_triton.tuning")
 
 
+MODULES_MAY_IMPORT = ("modules", "errors", "ops._common.arguments", "ops._common.lengths")
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) == "modules"], ids=name)
+def test_modules_compose_public_functions(file):
+    """Of an op they import the function of its name and nothing within."""
+    found = any_under(imports(file), "nsa_triton")
+    allowed = set().union(*(any_under(found, f"nsa_triton.{module}") for module in MODULES_MAY_IMPORT))
+    public = {f"nsa_triton.ops.{op}.nsa_{op}" for op in OPS}
+    assert found - allowed <= public
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if room(f) not in ("modules", "integrations", "__init__.py")], ids=name
+)
+def test_nothing_below_imports_modules(file):
+    assert not any_under(imports(file), "nsa_triton.modules")
+    assert not any_under(imports(file), "nsa_triton.integrations")
+
+
 SHARED_SPECIFICATION = ("block_scores", "statistics")  # files of _common that references may import
 
 
@@ -99,16 +119,22 @@ def test_reference_imports_torch_only(file):
     assert outside <= {"torch", "math", "__future__"}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_import_triton_and_primitives_only(op):
-    for module in imports(PACKAGE / "ops" / op / "kernels.py"):
-        assert module.split(".")[0] == "triton" or module.startswith("nsa_triton.ops._common.primitives")
+KERNELS = [file for file in FILES if room(file) == "ops" and file.name.endswith("kernels.py")]
+SHARED_KERNELS = ["primitives", *(file.stem for file in KERNELS if file.parent.name == "_common")]
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=name)
+def test_kernels_import_triton_and_what_kernels_share_only(file):
+    found = imports(file)
+    for module in SHARED_KERNELS:
+        found -= any_under(found, f"nsa_triton.ops._common.{module}")
+    assert {module.split(".")[0] for module in found} == {"triton"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_triton_is_imported_by_kernels_and_inside_functions_only(file):
     """`import nsa_triton` must work with torch alone."""
-    if file.name not in ("kernels.py", "primitives.py"):
+    if not file.name.endswith(("kernels.py", "primitives.py")):
         eager = imports(file, top_level_only=True)
         assert not any_under(eager, "triton")
         assert not any_under(eager, "torch_npu")

@@ -77,7 +77,7 @@ def test_an_unknown_shape_lists_the_valid_ones(capsys, never):
 def test_an_unknown_kernel_lists_those_of_the_ops(capsys, never):
     found = said(capsys, "tune", "select_attention", "compress", "--kernel", "compress_infer")
     assert all(space.kernel in found for family in ("select_attention", "compress") for space in SPACES[family])
-    assert "compress_attention_fwd" not in found
+    assert "compress_attention_scores" not in found
 
 
 @needs_toolchain

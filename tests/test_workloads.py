@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +14,10 @@ from nsa_triton.errors import ArgumentValueError
 from nsa_triton.workloads import INDICES, OPS, SHAPES, Shape, Workload, shape_named, workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = Shape("tiny", 4, 2, 64, 32, count=4)
+TINY = Shape("tiny", 4, 2, 64, 32, count=4, local=100)
 TOKENS, BATCH = 240, 2  # four blocks, the last one cut; the newest token completes a window
 SELECTING = tuple(op for op in OPS if "select" in op)
+SLIDING = tuple(op for op in OPS if "sliding" in op)
 TRAINING = tuple(op for op in OPS if not op.endswith("_infer"))
 HALF = 2  # bytes
 
@@ -60,7 +61,9 @@ def window_ends() -> list[int]:
 
 
 def keys_of(work: Workload, sequence: int, head: int, place: int, token: int) -> list[int]:
-    """What a query token sees: tokens of its blocks, or windows."""
+    """What a query token sees: tokens of its blocks or of its window, or compressed tokens."""
+    if work.op in SLIDING:
+        return [p for p in range(TOKENS) if token - TINY.local < p <= token]
     if work.op not in SELECTING:
         return [i for i, end in enumerate(window_ends()) if end <= token]
     blocks = [block for block in ids_of(work)[sequence, place, head].tolist() if block >= 0]
@@ -85,11 +88,13 @@ def counted_attention(work: Workload) -> tuple[int, int]:
     keys = len({(sequence, head, key) for sequence, head, _, key in pairs}) * sizes
     rows = BATCH * len(query_tokens(work.op))
     queries, outputs = rows * TINY.heads * TINY.key_dim, rows * TINY.heads * TINY.value_dim
-    ids = 0 if is_gradient and work.op not in SELECTING else 4 * rows * TINY.kv_heads * TINY.count
-    statistics = 2 * 8 * 4 * rows * TINY.heads if trains else 0
+    has_ids = work.op in SELECTING or not (is_gradient or work.op in SLIDING)
+    ids = 4 * rows * TINY.kv_heads * TINY.count if has_ids else 0
+    statistics = (1 if work.op in SLIDING else 2 * 8) * 4 * rows * TINY.heads if trains else 0
     count = queries + keys + outputs
     if is_gradient:
-        all_keys = BATCH * (TOKENS if work.op in SELECTING else len(window_ends())) * TINY.kv_heads
+        raw = work.op in SELECTING + SLIDING
+        all_keys = BATCH * (TOKENS if raw else len(window_ends())) * TINY.kv_heads
         count += outputs + queries + all_keys * sizes  # grad; then the gradients
     return len(pairs) * group * 2 * each, count * HALF + statistics + ids
 
@@ -107,13 +112,27 @@ def counted_compression(work: Workload) -> tuple[int, int]:
     return 2 * 2 * products, (count + TOKENS * of_token + weight) * HALF
 
 
+def counted_sum(work: Workload) -> tuple[int, int]:
+    rows = BATCH * TOKENS * TINY.heads
+    elements, gates = rows * TINY.value_dim, rows * 3
+    if not work.op.endswith("_grad"):
+        return (3 + 2) * elements, (3 * elements + gates + elements) * HALF
+    inputs, gradients = 4 * elements + gates, 3 * elements + gates
+    return 3 * (1 + 2) * elements, (inputs + gradients) * HALF
+
+
 @pytest.mark.parametrize(
     ("op", "indices"), [(op, indices) for op in OPS for indices in (INDICES if op in SELECTING else ("scores",))]
 )
 def test_flops_and_bytes_are_those_counted_one_by_one(op, indices):
     work = tiny(op, indices, filled=False)
-    counted = counted_attention(work) if "attention" in op else counted_compression(work)
-    assert (work.flops, work.bytes) == counted
+    assert (work.flops, work.bytes) == counter_of(op)(work)
+
+
+def counter_of(op: str) -> Callable[[Workload], tuple[int, int]]:
+    if "attention" in op:
+        return counted_attention
+    return counted_sum if "combine" in op else counted_compression
 
 
 @pytest.mark.parametrize("indices", INDICES)

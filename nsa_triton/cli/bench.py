@@ -31,7 +31,7 @@ from rich.text import Text
 import nsa_triton
 from nsa_triton.ascend.chips import CHIPS, chip
 from nsa_triton.cli.view import console, print_json, seconds, steps
-from nsa_triton.errors import ToolchainError
+from nsa_triton.errors import ArgumentValueError, ToolchainError
 from nsa_triton.runtime.target import present_targets
 from nsa_triton.workloads import SHAPES
 
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--providers", nargs="+", default=[], help="default: all that are here, without simulated")
     parser.add_argument("--indices", nargs="+", default=[], help="distributions of selected blocks (default: scores)")
     parser.add_argument("--quick", action="store_true", help="all ops at one small shape, in under two minutes")
+    parser.add_argument("--end-to-end", action="store_true", help="a layer of all ops against a dense one instead")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument("--target", choices=("auto", "cpu", "cuda", "npu"), default="auto", help="default: the fastest")
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.end_to_end:
+        return _end_to_end(options)
     cases, bench = bench_module("cases"), bench_module("run")
     chip(options.chip)
     wanted = cases.Wanted(
@@ -97,6 +100,18 @@ def run(options: argparse.Namespace) -> int:
         for file in files:
             console().print(f"wrote {file}")
     return 1 if any(row.status != "ok" for row in rows) else 0
+
+
+def _end_to_end(options: argparse.Namespace) -> int:
+    """A training step and decoding, NativeSparseAttention against dense attention."""
+    for name in ("op", "providers", "indices", "quick", "resume"):
+        if given := getattr(options, name):
+            hint = "Only --shape, --lengths, --target and --output go with it"
+            raise ArgumentValueError(name, "to be left out with --end-to-end", given, hint)
+    shape = options.shape[0] if options.shape else ""
+    device, folder = _device(options.target), options.output or results_folder()
+    console().print(f"wrote {bench_module('end_to_end').run(device, shape, options.lengths, folder)}")
+    return 0
 
 
 def _device(wanted: str) -> torch.device:

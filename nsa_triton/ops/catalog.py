@@ -151,6 +151,63 @@ FAMILIES = (
             ),
         ),
     ),
+    Family(
+        "sliding_window_attention",
+        (
+            Op(
+                "nsa_sliding_window_attention",
+                "–",
+                "causal attention of packed sequences over the newest keys before each query token",
+                "fp16, bf16, fp32",
+                "query, key, value",
+                "CANN has no such operator; any window, head sizes, groups and lengths; later chunks of a prompt; "
+                "log-sum-exp",
+            ),
+            Op(
+                "nsa_sliding_window_attention_grad",
+                "–",
+                "the three gradients of nsa_sliding_window_attention, bit-identical on repeat",
+                "fp16, bf16, fp32",
+                "–",
+                "the same",
+            ),
+        ),
+    ),
+    Family(
+        "sliding_window_attention_infer",
+        (
+            Op(
+                "nsa_sliding_window_attention_infer",
+                "–",
+                "attention over the newest tokens of a paged cache, one or several query tokens",
+                "fp16, bf16, fp32",
+                "–",
+                "CANN has no such operator; any window, head sizes, groups and pages; old pages may be gone; lengths "
+                "on the device; log-sum-exp; small batches fill all cores",
+            ),
+        ),
+    ),
+    Family(
+        "gated_combine",
+        (
+            Op(
+                "nsa_gated_combine",
+                "–",
+                "the sum of the three branches, each weighted by the sigmoid of its gate, in one launch",
+                "fp16, bf16, fp32",
+                "compressed, selected, local, gates",
+                "CANN has no such operator; any head sizes, strides and leading dimensions; gates in fp32",
+            ),
+            Op(
+                "nsa_gated_combine_grad",
+                "–",
+                "the four gradients of nsa_gated_combine in one launch, bit-identical on repeat",
+                "fp16, bf16, fp32",
+                "–",
+                "the same",
+            ),
+        ),
+    ),
 )
 
 

@@ -93,14 +93,14 @@ SPACES: Mapping[str, tuple[Space, ...]] = MappingProxyType(
         ),
         "compress_infer": (Space("compress_infer", {"BD": MIDDLE}),),
         "compress_attention": (
-            _mixed("compress_attention_fwd", lambda t: t["BE"] <= t["BN"], BQ=SMALL, BN=MIDDLE, BE=MIDDLE),
+            _mixed("attention_fwd", lambda t: t["BE"] <= t["BN"], BQ=SMALL, BN=MIDDLE, BE=MIDDLE),
             # The layout of the scores is what the choice of blocks reads.
             _mixed("compress_attention_scores", times=("compress_attention_choose",), BQ=SMALL, BN=MIDDLE),
             Space("compress_attention_choose", {"BR": SMALL, "BC": MIDDLE}),
-            Space("compress_attention_terms", {"BQ": LARGE}),
-            _mixed("compress_attention_bwd_dq", lambda t: t["BE"] <= t["BN"], BQ=SMALL, BN=MIDDLE, BE=MIDDLE),
+            Space("attention_terms", {"BQ": LARGE}),
+            _mixed("attention_dq", lambda t: t["BE"] <= t["BN"], BQ=SMALL, BN=MIDDLE, BE=MIDDLE),
             _mixed(
-                "compress_attention_bwd_dkv", lambda t: t["BQ"] % t["BE"] == 0, ("sum_parts",),
+                "attention_dkv", lambda t: t["BQ"] % t["BE"] == 0, ("sum_parts",),
                 BQ=MIDDLE, BN=SMALL, BE=SMALL,
             ),
             _SUM_PARTS,
@@ -124,8 +124,22 @@ SPACES: Mapping[str, tuple[Space, ...]] = MappingProxyType(
             _mixed("select_attention_dkv", BN=MIDDLE),
             Space("select_attention_sum", {"BM": SMALL}),
         ),
+        "sliding_window_attention": (
+            _mixed("attention_fwd", BQ=SMALL, BN=MIDDLE),
+            Space("attention_terms", {"BQ": LARGE}),
+            _mixed("attention_dq", BQ=SMALL, BN=MIDDLE),
+            _mixed("attention_dkv", times=("sum_parts",), BQ=MIDDLE, BN=SMALL),
+            _SUM_PARTS,
+        ),
+        "gated_combine": (
+            Space("gated_combine_fwd", {"BR": LARGE, "BD": COLUMNS}),
+            Space("gated_combine_bwd", {"BR": LARGE, "BD": COLUMNS}),
+        ),
         "select_attention_infer": (
-            _mixed("select_attention_split", times=("select_attention_join",), BH=SMALL, BN=MIDDLE),
+            _mixed("paged_split", times=("paged_join",), BH=SMALL, BN=MIDDLE),
+        ),
+        "sliding_window_attention_infer": (
+            _mixed("paged_split", times=("paged_join",), BH=SMALL, BN=MIDDLE),
         ),
     }
 )  # fmt: skip
@@ -211,15 +225,17 @@ NEEDS: Mapping[str, Callable[[Sizes, int], Needs]] = MappingProxyType(
         "compress_bwd_dx": lambda c, size: Needs(ub=vector_tiles((c["BC"] * c["BS"], c["BD"]))),
         "compress_bwd_dw": lambda c, size: Needs(ub=c["BR"] * c["BD"] * size),
         "sum_parts": lambda c, size: Needs(ub=vector_tiles((c["BP"], c["BE"]))),
-        "compress_attention_fwd": lambda c, size: _attention(c["BQ"], max(c["BN"], c["BE"]), c, size),
+        "attention_fwd": lambda c, size: _attention(c["BQ"], max(c["BN"], c["BE"]), c, size),
         "compress_attention_scores": _scores,
-        "compress_attention_bwd_dq": lambda c, size: _query_grad(c["BQ"], max(c["BN"], c["BE"]), c, size),
-        "compress_attention_bwd_dkv": lambda c, size: _key_grads(max(c["BQ"], c["BE"]), c["BN"], c, size),
+        "attention_dq": lambda c, size: _query_grad(c["BQ"], max(c["BN"], c["BE"]), c, size),
+        "attention_dkv": lambda c, size: _key_grads(max(c["BQ"], c["BE"]), c["BN"], c, size),
         "compress_attention_split": lambda c, size: _attention(c["BQ"] * c["BH"], c["BN"], c, size),
         "select_attention_fwd": lambda c, size: _attention(c["BR"], c["BN"], c, size),
         "select_attention_dq": lambda c, size: _query_grad(c["BR"], c["BN"], c, size),
+        "gated_combine_fwd": lambda c, size: Needs(ub=4 * c["BR"] * c["BD"] * size),
+        "gated_combine_bwd": lambda c, size: Needs(ub=7 * c["BR"] * c["BD"] * size),
         "select_attention_dkv": lambda c, size: _key_grads(c["BR"], c["BN"], c, size),
-        "select_attention_split": lambda c, size: _attention(c["BH"], c["BN"], c, size),
+        "paged_split": lambda c, size: _attention(c["BH"], c["BN"], c, size),
     }
 )
 

@@ -1,6 +1,6 @@
 """The vendors' spellings, so that code moves here by changing an import.
 
-torch_npu     nsa_triton.npu_nsa_*
+torch_npu     nsa_triton.npu_nsa_*, or in the module torch_npu itself with nsa_triton.patch_torch_npu
 MindSpore     nsa_triton.vendor.mindspore.nsa_compress
 """
 
@@ -15,6 +15,7 @@ from nsa_triton.vendor.npu import (
     npu_nsa_select_attention_grad,
     npu_nsa_select_attention_infer,
 )
+from nsa_triton.vendor.patch import patch_torch_npu
 
 __all__ = [
     "mindspore",
@@ -26,4 +27,5 @@ __all__ = [
     "npu_nsa_select_attention",
     "npu_nsa_select_attention_grad",
     "npu_nsa_select_attention_infer",
+    "patch_torch_npu",
 ]

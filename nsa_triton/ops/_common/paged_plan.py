@@ -1,4 +1,4 @@
-"""What the launches of both paged attention operators are planned from."""
+"""What the launches of the paged attention operators are planned from."""
 
 from __future__ import annotations
 

@@ -66,14 +66,18 @@ class Ragged:
 
 
 @functools.lru_cache(maxsize=64)
-def query_tiles(ragged: Ragged, per_tile: int, device: torch.device, *, with_keys: bool = False) -> Tensor:
+def query_tiles(
+    ragged: Ragged, per_tile: int, device: torch.device, *, with_keys: bool = False, at_end: bool = False
+) -> Tensor:
     """[tiles, 6] of each tile of `per_tile` query tokens: first row of q; first token, counted within its segment, and
     tokens of the tile; query tokens of the segment; first row of k and key tokens of the segment. `with_keys` leaves
-    out segments that have no keys."""
+    out segments that have no keys. `at_end` counts tokens from the first key on, where the last query token stands at
+    the last key."""
     segment, first = split(np.where(ragged.keys > 0, ragged.queries, 0) if with_keys else ragged.queries, per_tile)
+    place = first + (ragged.keys - ragged.queries)[segment] if at_end else first
     columns = (
         ragged.first_query[segment] + first,
-        first,
+        place,
         np.minimum(per_tile, ragged.queries[segment] - first),
         ragged.queries[segment],
         ragged.first_key[segment],
@@ -82,8 +86,12 @@ def query_tiles(ragged: Ragged, per_tile: int, device: torch.device, *, with_key
     return table(columns, device)
 
 
-def key_tiles(ragged: Ragged, per_tile: int, device: torch.device, *, with_queries: bool = False) -> Tensor:
+def key_tiles(
+    ragged: Ragged, per_tile: int, device: torch.device, *, with_queries: bool = False, at_end: bool = False
+) -> Tensor:
     """[tiles, 6] of each tile of `per_tile` key tokens: first row of k; first token, counted within its segment, and
     tokens of the tile; key tokens of the segment; first row of q and query tokens of the segment. `with_queries` leaves
-    out segments that have no queries."""
-    return query_tiles(Ragged(ragged.key_ends, ragged.query_ends), per_tile, device, with_keys=with_queries)
+    out segments that have no queries. `at_end` counts tokens from the first query token on, where the last ones of both
+    stand side by side."""
+    turned = Ragged(ragged.key_ends, ragged.query_ends)
+    return query_tiles(turned, per_tile, device, with_keys=with_queries, at_end=at_end)

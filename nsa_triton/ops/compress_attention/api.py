@@ -51,7 +51,8 @@ def nsa_compress_attention(
 
     The blocks of kv head n are first those that are forced, by ascending number, then the others by descending sum of
     imp over its query heads, equal ones by ascending number. If select_block_count is more than the number of blocks,
-    ceil(S2 * compress_stride / select_block_size), the rest is -1. No block is left out for lying behind t: where too
+    ceil(S2 * compress_stride / select_block_size), or all that query tokens are in with num_local_blocks, the rest is
+    -1. No block is left out for lying behind t: where too
     few blocks have a score, the list goes on with blocks of score 0. A query token that sees nothing has output 0,
     scores of 0 and no gradient. Differentiable once in `query`, `key` and `value`, through attention_out.
 
@@ -78,7 +79,8 @@ def nsa_compress_attention(
         causal: a query token sees the windows that end at or before it: i * compress_stride + compress_block_size - 1
             <= t. Instead of `atten_mask`, not together with it.
         num_init_blocks: force so many blocks at the beginning of the segment. Instead of `topk_mask`.
-        num_local_blocks: force so many blocks up to that of t itself, as far as they exist. Instead of `topk_mask`.
+        num_local_blocks: force so many blocks up to that of t itself, be there compressed tokens in it or not. Instead
+            of `topk_mask`.
         importance: "cann" scores blocks as CANN does, where block j gathers the windows that overlap it, moved by one:
             those that end a stride later. "overlap" gathers those that truly overlap it.
         impl: "triton" runs the kernels or raises; "reference" runs the specification in PyTorch (slow); "auto" runs

@@ -74,7 +74,7 @@ def _checks(case: Check, device: torch.device) -> Iterator[CheckCase]:
     sizes: Any = (scale, *windows, case.block_size, case.block_count, causal, initial, local, case.importance)
     # The same ids need not come out of another order of summation: what is judged is the score of each place.
     exact = reference.scores(
-        q.double(), k.double(), atten_mask, *ends, scale, *windows, case.block_size, causal, case.importance
+        q.double(), k.double(), atten_mask, *ends, scale, *windows, case.block_size, causal, case.importance, local
     )
     # The gradient is made from an output and statistics that are given: here, from exact ones.
     out, _, largest, total = reference.forward(q.double(), k.double(), v.double(), atten_mask, topk_mask, *ends, *sizes)

@@ -1,35 +1,41 @@
 """Plans and runs the launches of nsa_compress_attention and its gradient.
 
 Forward: attention, which leaves the log-sum-exp of each row; then, for so many query tokens at a time that the
-scores of their blocks take little memory, the scores and the best blocks. Backward: what the softmax needs of each row,
-dq, then dk and dv, in parts where tiles of keys are too few for the cores.
+scores of their blocks take little memory, the scores and the best blocks. Attention and its gradient are those of
+`_common/attention_launch.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_triton.ops._common.attention_launch import (
+    DKV,
+    DQ,
+    FWD,
+    SUM,
+    TERMS,
+    RaggedPlan,
+    gradients,
+    plan_attention,
+    plan_key_grads,
+    plan_query_grad,
+    plan_terms,
+)
 from nsa_triton.ops._common.geometry import Geometry
-from nsa_triton.ops._common.kernels import sum_parts
-from nsa_triton.ops._common.plans import AttentionPlan
 from nsa_triton.ops._common.statistics import LOWEST, STATE
-from nsa_triton.ops._common.tiles import Ragged, key_tiles, query_tiles
+from nsa_triton.ops._common.tiles import Ragged, query_tiles
 from nsa_triton.ops.compress_attention import kernels
-from nsa_triton.runtime.configs import Config, lookup
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target, target_of
 
 OP = "compress_attention"
-FWD, SCORES, CHOOSE, TERMS, DQ, DKV, SUM = (
-    "compress_attention_fwd", "compress_attention_scores", "compress_attention_choose", "compress_attention_terms",
-    "compress_attention_bwd_dq", "compress_attention_bwd_dkv", "sum_parts",
-)  # fmt: skip
+SCORES, CHOOSE = "compress_attention_scores", "compress_attention_choose"
 # BQ query tokens and BN compressed tokens per tile, BE where some rows do not see all of them; BR query tokens and BC
 # blocks that are looked at at once.
 TILES = {
@@ -42,9 +48,6 @@ TILES = {
     SUM: ("BP", "BE"),
 }
 CHUNK = 6144  # rows (query tokens times kv heads) whose block scores are in memory at a time
-# Tiles of keys times parts are about this many at least: enough for the cores of every known chip. A constant, because
-# the order of summation, and with it every bit of the result, must not depend on cores or threads.
-PARTS = 128
 
 
 def counts(geometry: Geometry) -> np.ndarray:
@@ -65,75 +68,25 @@ def fold_matrix(geometry: Geometry, planes: tuple[int, ...], rows: int, tokens: 
     return fold.to(device)
 
 
-class Plan(AttentionPlan):
-    """What the launches of one call share: target, batch, shapes, masks."""
-
-    def __init__(
-        self,
-        target: Target,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        ragged: Ragged,
-        block: int,
-        stride: int,
-        causal: bool,
-    ) -> None:
-        super().__init__(target, query, value)
-        self.compressed, self.ragged, self.mask = len(value), ragged, mask
-        of_mask = 0 if mask is None else mask.stride(0)
-        self._strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2], of_mask)
-        self._windows = {"L": block, "D": stride, "CAUSAL": causal}
-
-    def config(self, kernel: str, **more: Any) -> Config:
-        key = {
-            "itemsize": self.dtype.itemsize,
-            "head_dim": max(self.key_dim, self.value_dim),
-            "value_dim": self.value_dim,
-            "masked": self.mask is not None,
-            "causal": self._windows["CAUSAL"],
-            **more,
-        }
-        return lookup(OP, kernel, self.target, key, self.tokens, TILES[kernel])
-
-    @property
-    def strides(self) -> dict[str, int]:
-        return dict(zip(("q_t", "q_h", "k_t", "k_n", "v_t", "v_n", "m_t"), self._strides, strict=True))
-
-    def masked(self, otherwise: Tensor) -> Tensor:
-        return otherwise if self.mask is None else self.mask
-
-    @property
-    def windows(self) -> dict[str, Any]:
-        return {**self._windows, "HIDES": self.mask is not None}
-
-
-def plan_attention(
-    plan: Plan,
+def plan_call(
+    target: Target,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
-    out: Tensor,
-    softmax_max: Tensor,
-    softmax_sum: Tensor,
-    lse: Tensor,
-) -> Launch:
-    config = plan.config(FWD)
-    tiles = query_tiles(plan.ragged, config.tiles["BQ"], plan.device)
-    items = len(tiles) * plan.heads
-    arguments = {
-        "q": query, "k": key, "v": value, "mask": plan.masked(tiles), "tiles": tiles, "o": out, "o_max": softmax_max,
-        "o_sum": softmax_sum, "lse": lse, "scale": scale, "n_items": items, "N1": plan.heads, "T": plan.tokens,
-        **plan.strides,
-    }  # fmt: skip
-    constexprs = {"G": plan.group, **plan.windows, "W": STATE, **config.tiles, **plan.head_tiles}
-    return plan.launch(kernels.compress_attention_fwd, items, arguments, constexprs, config, uses_cube=True)
+    mask: Tensor | None,
+    ragged: Ragged,
+    block: int,
+    stride: int,
+    causal: bool,
+) -> RaggedPlan:
+    """What the launches of one call share."""
+    asked = {"masked": mask is not None, "causal": causal}
+    sight = {"L": block, "D": stride, "CAUSAL": causal}
+    return RaggedPlan(target, OP, TILES, asked, query, key, value, ragged, sight, mask)
 
 
 def plan_blocks(
-    plan: Plan,
+    plan: RaggedPlan,
     query: Tensor,
     key: Tensor,
     scale: float,
@@ -160,15 +113,17 @@ def plan_blocks(
     fold = fold_matrix(geometry, planes, rows, tokens, plan.device)
     step = {"STEP": blocks * strides}
     constexprs = {
-        "G": plan.group, **plan.windows, "BQ": queries, "BN": tokens, **step, "ROWS": blocks * len(planes),
-        "BF": rows, "DK": plan.key_dim, "BK": plan.dot_tile(plan.key_dim),
+        "G": plan.group, **plan.sight, "HIDES": plan.mask is not None, "BQ": queries, "BN": tokens, **step,
+        "ROWS": blocks * len(planes), "BF": rows, "DK": plan.key_dim, "BK": plan.dot_tile(plan.key_dim),
     }  # fmt: skip
     at_once = min(choose.tiles["BR"], queries)
+    candidates = -(-most // strides)
+    if num_local:
+        candidates = max(candidates, -(-int(plan.ragged.queries.max(initial=0)) // geometry.select))
     choices = {
-        "L": plan.windows["L"], "D": plan.windows["D"], "M": strides, "BLOCK": geometry.select,
-        "CAUSAL": plan.windows["CAUSAL"], "FORCES": forced is not None, "INIT": num_init, "LOCAL": num_local,
-        "NEXT": 1 in planes, "BEFORE": 2 in planes, "K": ids.shape[2], **step, "BQ": queries, "BR": at_once,
-        "BC": choose.tiles["BC"], "CHUNKED": -(-most // strides) > choose.tiles["BC"],
+        **plan.sight, "M": strides, "BLOCK": geometry.select, "FORCES": forced is not None, "INIT": num_init,
+        "LOCAL": num_local, "NEXT": 1 in planes, "BEFORE": 2 in planes, "K": ids.shape[2], **step, "BQ": queries,
+        "BR": at_once, "BC": choose.tiles["BC"], "CHUNKED": candidates > choose.tiles["BC"],
         "BP": plan.target.tile(ids.shape[2]),
     }  # fmt: skip
     for first in range(0, len(tiles), chunk):
@@ -186,64 +141,6 @@ def plan_blocks(
         }  # fmt: skip
         parts = items * (queries // at_once)
         yield plan.launch(kernels.compress_attention_choose, parts, arguments, choices, choose)
-
-
-def plan_terms(
-    plan: Plan, grad: Tensor, out: Tensor, softmax_max: Tensor, softmax_sum: Tensor, lse: Tensor, delta: Tensor
-) -> Launch:
-    config = plan.config(TERMS)
-    tiles = query_tiles(plan.ragged, config.tiles["BQ"], plan.device)
-    items = len(tiles) * plan.heads
-    arguments = {
-        "g": grad, "o": out, "o_max": softmax_max, "o_sum": softmax_sum, "tiles": tiles, "lse": lse, "delta": delta,
-        "n_items": items, "N1": plan.heads, "T": plan.tokens, "g_t": grad.stride(0), "g_h": grad.stride(1),
-        "o_t": out.stride(0), "o_h": out.stride(1),
-    }  # fmt: skip
-    constexprs = {"W": STATE, **config.tiles, "DV": plan.value_dim, "BV": plan.target.tile(plan.value_dim)}
-    return plan.launch(kernels.compress_attention_terms, items, arguments, constexprs, config)
-
-
-def plan_query_grad(plan: Plan, given: dict[str, Tensor], scale: float, dq: Tensor) -> Launch:
-    config = plan.config(DQ)
-    tiles = query_tiles(plan.ragged, config.tiles["BQ"], plan.device, with_keys=True)
-    items = len(tiles) * plan.heads
-    strides = {"g_t": given["g"].stride(0), "g_h": given["g"].stride(1)}
-    arguments = {
-        **given, "mask": plan.masked(tiles), "tiles": tiles, "dq": dq, "scale": scale, "n_items": items,
-        "N1": plan.heads, "T": plan.tokens, **strides, **plan.strides,
-    }  # fmt: skip
-    constexprs = {"G": plan.group, **plan.windows, **config.tiles, **plan.head_tiles}
-    return plan.launch(kernels.compress_attention_bwd_dq, items, arguments, constexprs, config, uses_cube=True)
-
-
-def plan_key_grads(plan: Plan, given: dict[str, Tensor], scale: float, dk: Tensor, dv: Tensor) -> Iterator[Launch]:
-    config = plan.config(DKV)
-    tiles = key_tiles(plan.ragged, config.tiles["BN"], plan.device, with_queries=True)
-    items = len(tiles) * plan.kv_heads
-    steps = -(-int(plan.ragged.queries.max(initial=0)) // config.tiles["BE"]) * plan.group
-    splits = max(1, min(steps, PARTS // max(1, items)))
-    grads, rows = (dk, dv), plan.ragged.key_ends[-1]
-    parts = [dk, dv]
-    if splits > 1:
-        # Zeros, because no kernel comes to segments without queries.
-        parts = [
-            torch.zeros((splits, rows, *grad.shape[1:]), dtype=torch.float32, device=plan.device) for grad in grads
-        ]
-    strides = {"g_t": given["g"].stride(0), "g_h": given["g"].stride(1)}
-    arguments = {
-        **given, "mask": plan.masked(tiles), "tiles": tiles, "dk": parts[0], "dv": parts[1], "scale": scale,
-        "n_items": items * splits, "n_splits": splits, "N2": plan.kv_heads, "T": plan.tokens, "S": rows,
-        **strides, **plan.strides,
-    }  # fmt: skip
-    constexprs = {"G": plan.group, **plan.windows, **config.tiles, **plan.head_tiles}
-    yield plan.launch(kernels.compress_attention_bwd_dkv, items * splits, arguments, constexprs, config, uses_cube=True)
-    if splits > 1:
-        config = plan.config(SUM)
-        for part, grad in zip(parts, grads, strict=True):
-            size = part[0].numel()
-            arguments = {"parts": part, "out": grad, "n_parts": splits, "size": size}
-            items = -(-size // config.tiles["BE"])
-            yield plan.launch(sum_parts, items, arguments, dict(config.tiles), config)
 
 
 def forward(
@@ -267,7 +164,7 @@ def forward(
     """Output [T, N1, DV], ids [T, N2, K], maxima and sums [T, N1, 8]; the arguments are those of the operator."""
     target = target_of(query.device)
     ragged = Ragged(query_ends, key_ends)
-    plan = Plan(target, query, key, value, atten_mask, ragged, compress_block_size, compress_stride, causal)
+    plan = plan_call(target, query, key, value, atten_mask, ragged, compress_block_size, compress_stride, causal)
     geometry = Geometry(compress_block_size, compress_stride, select_block_size, int(importance == "overlap"))
     out = query.new_empty((plan.tokens, plan.heads, plan.value_dim))
     ids = query.new_empty((plan.tokens, plan.kv_heads, select_block_count), dtype=torch.int32)
@@ -278,7 +175,7 @@ def forward(
     # The kernels do not come to rows that are no segment's.
     end = query_ends[-1]
     out[end:], ids[end:], softmax_max[end:], softmax_sum[end:] = 0, -1, LOWEST, 0
-    plan_attention(plan, query, key, value, scale, out, softmax_max, softmax_sum, lse).run(target, query.device)
+    plan_attention(plan, query, key, value, scale, out, lse, (softmax_max, softmax_sum)).run(target, query.device)
     forced = (topk_mask, num_init_blocks, num_local_blocks)
     for launch in plan_blocks(plan, query, key, scale, lse, geometry, *forced, ids):
         launch.run(target, query.device)
@@ -304,17 +201,8 @@ def backward(
     """The gradients of query, key and value, shaped like them; the arguments are those of the operator."""
     target = target_of(query.device)
     ragged = Ragged(query_ends, key_ends)
-    plan = Plan(target, query, key, value, atten_mask, ragged, compress_block_size, compress_stride, causal)
-    # The kernels do not come to rows that are no segment's, nor to segments without queries or without keys.
-    new = torch.empty_like if ragged.fills(plan.tokens, plan.compressed) else torch.zeros_like
-    dq, dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    lse, delta = query.new_empty((2, plan.heads, plan.tokens), dtype=torch.float32)
-    plan_terms(plan, grad, attention_out, softmax_max, softmax_sum, lse, delta).run(target, query.device)
-    given = {"q": query, "k": key, "v": value, "g": grad, "lse": lse, "delta": delta}
-    plan_query_grad(plan, given, scale, dq).run(target, query.device)
-    for launch in plan_key_grads(plan, given, scale, dk, dv):
-        launch.run(target, query.device)
-    return dq, dk, dv
+    plan = plan_call(target, query, key, value, atten_mask, ragged, compress_block_size, compress_stride, causal)
+    return gradients(plan, grad, query, key, value, attention_out, (softmax_max, softmax_sum), scale)
 
 
 def compile_plans(
@@ -344,16 +232,16 @@ def compile_plans(
     ids = meta(tokens, kv_heads, count, dtype=torch.int32)
     mask = meta(tokens, windows, dtype=torch.uint8) if masked else None
     forced = meta(tokens, windows, dtype=torch.uint8) if masked else None
-    plan = Plan(
+    plan = plan_call(
         target, query, key, value, mask, Ragged((tokens,), (windows,)), compress_block_size, compress_stride, causal
     )
     geometry = Geometry(compress_block_size, compress_stride, block, 0)
     given = {"q": query, "k": key, "v": value, "g": out, "lse": term, "delta": term}
     num_forced = 0 if masked else 1
     return [
-        plan_attention(plan, query, key, value, 1.0, out, state, state, term),
+        plan_attention(plan, query, key, value, 1.0, out, term, (state, state)),
         *list(plan_blocks(plan, query, key, 1.0, term, geometry, forced, num_forced, num_forced, ids))[:2],
-        plan_terms(plan, out, out, state, state, term, term),
+        plan_terms(plan, out, out, (state, state), term, term),
         plan_query_grad(plan, given, 1.0, query),
         *plan_key_grads(plan, given, 1.0, key, value),
     ]

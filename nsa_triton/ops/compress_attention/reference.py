@@ -13,7 +13,8 @@ t does not see i where atten_mask[t, i] != 0, or, with `causal`, where the windo
 i * d + l - 1 > t. Where a query token sees nothing, P and the output are 0, m is the lowest float32 and z is 0.
 
 Block j of a head has the importance imp[h, j] that block_scores.py gives P. There are nb = ceil(S2 / M) blocks, where a
-block is M = l' / d strides long. The ids of kv head n are
+block is M = l' / d strides long; with num_local_blocks, at least ceil(S1 / l'), so that every query token is in one.
+The ids of kv head n are
 
     the blocks that are forced, by ascending number,
     then the others by descending score[n, j] = sum over the heads h of kv head n of imp[h, j],
@@ -82,7 +83,8 @@ def forward(
         hidden = hidden_keys(q, k, atten_mask, compress_block_size, compress_stride, causal)
         weights, largest[queries], total[queries] = probabilities(q, k, scale, hidden)
         out[queries] = torch.einsum("tngi,ind->tngd", weights.to(value.dtype).to(precision), v).flatten(1, 2)
-        scored = block_scores_of(weights, compress_block_size, compress_stride, select_block_size, importance)
+        sizes = (compress_block_size, compress_stride, select_block_size)
+        scored = block_scores_of(weights, *sizes, importance, num_local_blocks)
         forced = forced_blocks(q, scored.shape[-1], topk_mask, select_block_size, num_init_blocks, num_local_blocks)
         ids[queries] = block_scores.best_blocks(scored, forced.unsqueeze(1), select_block_count)
     return out, ids, head_major(largest, query_ends), head_major(total, query_ends)
@@ -100,6 +102,7 @@ def scores(
     select_block_size: int,
     causal: bool,
     importance: str,
+    num_local_blocks: int = 0,
 ) -> list[Tensor]:
     """The scores [S1, N2, nb] of each segment, no block forced: what the ids of `forward` are chosen by."""
     found = []
@@ -108,7 +111,8 @@ def scores(
         q, k = query[queries].to(precision), key[keys].to(precision)
         hidden = hidden_keys(q, k, atten_mask, compress_block_size, compress_stride, causal)
         weights, _, _ = probabilities(q, k, scale, hidden)
-        found.append(block_scores_of(weights, compress_block_size, compress_stride, select_block_size, importance))
+        sizes = (compress_block_size, compress_stride, select_block_size)
+        found.append(block_scores_of(weights, *sizes, importance, num_local_blocks))
     return found
 
 
@@ -195,10 +199,12 @@ def probabilities(query: Tensor, key: Tensor, scale: float, hidden: Tensor) -> t
     return weights, largest.float().masked_fill(blind, LOWEST).flatten(1), total.float().flatten(1)
 
 
-def block_scores_of(weights: Tensor, block: int, stride: int, select: int, importance: str) -> Tensor:
+def block_scores_of(weights: Tensor, block: int, stride: int, select: int, importance: str, local: int) -> Tensor:
     """score [S1, N2, nb] of P [S1, N2, G, S2]."""
     strides = select // stride
     blocks = -(-weights.shape[-1] // strides)
+    if local:
+        blocks = max(blocks, -(-weights.shape[0] // select))
     return block_scores.block_importance(weights, blocks, strides, block // stride, importance).sum(2)
 
 

@@ -180,7 +180,7 @@ def nsa_compress_attention_infer(
         lengths_of = {CMP_LEN: actual_cmp_seq_kvlen}
         contract.check_forced(num_init_blocks, num_local_blocks, actual_sel_seq_kvlen)
         if hides or counts:
-            each = (query.shape[1],) * batch if actual_seq_qlen is None else actual_seq_qlen
+            each = (1 if layout == "TND" else query.shape[1],) * batch if actual_seq_qlen is None else actual_seq_qlen
             lengths_of |= {RAW_LEN: actual_sel_seq_kvlen, QLEN: each}
         contract.check_host_lengths(lengths_of, keys, table, batch, *windows)
     rows = query_rows(actual_seq_qlen, layout, query, batch)

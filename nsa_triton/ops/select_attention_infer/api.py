@@ -11,6 +11,7 @@ from torch import Tensor
 from nsa_triton.limits import mode_in_force
 from nsa_triton.ops._common.indices import as_int32
 from nsa_triton.ops._common.lengths import batch_lengths, read_once
+from nsa_triton.ops._common.paged_contract import check_host_lengths
 from nsa_triton.ops._common.pages import dealt_pages
 from nsa_triton.ops._common.queries import batch_count, most_query_tokens, packed, query_rows, unpacked, with_heads
 from nsa_triton.ops.select_attention_infer import contract, library
@@ -140,14 +141,15 @@ def nsa_select_attention_infer(
             "N1": head_num,
             "N2": key_value_head_num,
             "page_block_size": page_block_size,
+            "select_block_size": select_block_size,
             "select_block_count": select_block_count,
         }
         tensors = {"query": queries, "key": keys, "value": values, "topk_indices": ids, "block_table": table}
-        contract.check_call(tensors, select_block_size, numbers, mode=mode_in_force())
+        contract.check_call(tensors, numbers, mode=mode_in_force())
     rows = query_rows(actual_seq_qlen, layout, query, batch)
     lengths = batch_lengths(actual_seq_kvlen, "actual_seq_kvlen", batch, query.device)
     if is_eager:
-        contract.check_host_lengths(actual_seq_kvlen, actual_seq_qlen, keys, table)
+        check_host_lengths(actual_seq_kvlen, actual_seq_qlen, keys, table)
     if table is None:
         table = dealt_pages(lengths, keys.shape[0], keys.shape[1])
     with torch.no_grad():

@@ -70,7 +70,8 @@ def _select_attention_infer_fake(*arguments: Any) -> OutputAndLse:
 
 
 def _check(call: Call, mode: str) -> None:
-    check_call(dict(zip(Call._fields[:7], call[:7], strict=True)), call.select_block_size, mode=mode)
+    tensors = dict(zip(Call._fields[:7], call[:7], strict=True))
+    check_call(tensors, {"select_block_size": call.select_block_size}, mode=mode)
 
 
 def _outputs(call: Call) -> OutputAndLse:

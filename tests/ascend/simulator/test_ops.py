@@ -23,12 +23,14 @@ from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 CPU = torch.device("cpu")
 # The cases of each op that are run by default; `-m slow` runs all of them.
 USUAL = {
+    "gated_combine": (4, 5),
     "compress": (6,),
     "compress_infer": (2,),
     "compress_attention": (6, 7),
     "compress_attention_infer": (2,),
     "select_attention": (6, 7),
     "select_attention_infer": (2,),
+    "sliding_window_attention_infer": (2,),
 }
 versions = pytest.mark.parametrize("compiler", compilers(), ids=lambda compiler: compiler.version)
 

@@ -184,6 +184,8 @@ def naive(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat_sum = torch.zeros_like(flat_max)
     for first, tokens, first_key, keys in problem.segments():
         blocks = math.ceil(keys / (problem.block // problem.stride))
+        if problem.local:
+            blocks = max(blocks, math.ceil(tokens / problem.block))
         counts = torch.tensor(
             [[multiplicity(problem, j, x) for j in range(blocks)] for x in range(keys)], dtype=torch.float64
         ).view(keys, blocks)
@@ -319,7 +321,8 @@ def call_grad(function, problem: GradProblem, impl: str, **changes):
 def scores_of(problem: Problem) -> list[Tensor]:
     """The exact scores [S1, N2, nb] of each segment."""
     exact = problem.doubled()
-    return reference.scores(exact.query, exact.key, exact.atten_mask, *exact[5:11], exact.causal, exact.importance)
+    shared = (exact.atten_mask, *exact[5:11], exact.causal, exact.importance, exact.local)
+    return reference.scores(exact.query, exact.key, *shared)
 
 
 def assert_ids_right(ids: Tensor, problem: Problem, rtol: float = 1e-5) -> None:

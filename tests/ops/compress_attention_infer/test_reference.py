@@ -339,8 +339,8 @@ def test_blocks_are_chosen_up_to_that_of_the_query_token(first, last, count):
     ids = reference.best_blocks_up_to(own, scores, count, first, last)
     for t, newest in enumerate(own.tolist()):
         for head in range(2):
-            known = dict(enumerate(scores[t, head].nan_to_num(0.0).tolist()))
+            known = [*scores[t, head].nan_to_num(0.0).tolist(), 0.0]  # block 5 has no score
             always = {j for j in range(newest + 1) if j < first or j > newest - last}
-            ranked = sorted(set(range(newest + 1)) - always, key=lambda j, s=known: (-s.get(j, 0.0), j))
-            wanted = (sorted(always) + ranked)[:count]
+            ranked = sorted((-known[j], j) for j in set(range(newest + 1)) - always)
+            wanted = (sorted(always) + [j for _, j in ranked])[:count]
             assert ids[t, head].tolist() == wanted + [-1] * (count - len(wanted))

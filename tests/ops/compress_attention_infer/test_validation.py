@@ -120,6 +120,7 @@ def test_forced_blocks(argument):
     given = {"actual_sel_seq_kvlen": [340, 160]}
     for value in (0, 1, 5000, None):
         works(**{argument: value}, **given)
+        works(**{argument: value}, actual_sel_seq_kvlen=[336, 160], actual_seq_qlen=None)
     refused(ArgumentValueError, argument, **{argument: -1}, **given)
     for other in (1.0, "1", True, torch.tensor(1)):
         refused(ArgumentTypeError, argument, **{argument: other}, **given)

@@ -53,5 +53,5 @@ def test_wide_values_fill_the_unified_buffer_and_compile(version):
 def test_products_are_made_on_the_cube_and_the_splits_joined_on_the_vector_cores():
     found = reports(launch, "Ascend910B2", compilers()[0].version, COMPILES[:1])
     modes = {report.kernel: report.mix_mode for report in found}
-    assert modes["select_attention_split"] == "mix"
-    assert modes["select_attention_join"] == "aiv"
+    assert modes["paged_split"] == "mix"
+    assert modes["paged_join"] == "aiv"

@@ -17,6 +17,7 @@ from tests.ops.select_attention_infer.cases import Sizes, make
 if front_end_problem() is not None:
     pytest.skip(f"no Ascend front end: {front_end_problem()}", allow_module_level=True)
 
+from nsa_triton.ops._common.paged_launch import call_on
 from nsa_triton.ops.select_attention_infer import launch
 
 CPU = torch.device("cpu")
@@ -30,12 +31,9 @@ SHAPES: list[Any] = [
 
 
 def plans(problem):
-    """The launches of a call, and the tensors that they write."""
-    tokens, heads, _ = problem.query.shape
-    out = problem.query.new_zeros(tokens, heads, problem.value.shape[3])
-    lse = problem.query.new_zeros(tokens, heads, dtype=torch.float32)
-    arguments: Any = (*problem, out, lse)
-    return launch.plan_launches(target_of(CPU), *arguments)
+    """The launches of a call."""
+    call = call_on(*problem[:3], *problem[4:8])
+    return launch.plan_launches(target_of(CPU), call, problem.ids, problem.block)
 
 
 def assert_guarded(problem, side, harmless=None):
@@ -76,6 +74,19 @@ def test_garbage_in_every_index_leads_nowhere_else(length, side):
         table = table[torch.arange(problem.table.numel()) % 4].view(problem.table.shape)
         lengths = torch.full_like(problem.lengths, length)
         assert_guarded(problem._replace(table=table, lengths=lengths), side, harmless=problem)
+
+
+@pytest.mark.parametrize("side", ["after", "before"])
+def test_the_last_block_of_the_longest_sequence_leads_nowhere_else(side):
+    """Of 2^31 - 1 tokens, the last block may touch a cut that would begin at token 2^31."""
+    problem = make(Sizes(4, 1, 16, 16, 128, 48, 1), (128,), (1,))
+    n_pages, length = problem.key.shape[0], 2**31 - 1
+    last = problem._replace(
+        lengths=torch.full_like(problem.lengths, length),
+        ids=torch.full_like(problem.ids, (length - 1) // 48),
+        table=torch.full_like(problem.table, n_pages - 1),
+    )
+    assert_guarded(last, side, harmless=problem)
 
 
 ROWS = [[[-3, 2], [9, 4]], [[0, 2**31 - 1], [1, 1]], [[2**31 - 1, 1], [-(2**31), 5]], [[2, -4], [1, 2**30]]]

@@ -1,12 +1,13 @@
-"""Kernels of nsa_select_attention_infer: attention of a few query tokens over selected blocks of a paged cache.
+"""Kernels of attention of a few query tokens over a paged cache: over blocks that ids name, or over a sliding window.
 
-    s[h, i] = scale q[t, h, :] k[i, :]       over the tokens i of the blocks that ids[t, n, :] names
+    s[h, i] = scale q[t, h, :] k[i, :]       over the tokens i of the blocks that ids[t, n, :] names, or of the window
     out[t, h, :] = sum_i exp(s[h, i] - lse[h]) v[i, :]
 
 Names: T rows of q, N1 query heads and N2 kv heads, G = N1 / N2 heads in the group of one kv head; K ids per row, L
-tokens per block, P tokens per page. The heads of a group are the rows of a tile. A piece is what a block and a page, or
-a cut, the part of a page that fits a tile, have in common: its keys and values are one load each. The list of ids is
-cut into splits, so that one sequence alone keeps all cores busy; a second kernel joins the splits in a fixed order.
+tokens per block, P tokens per page. The heads of a group are the rows of a tile. A cut is a page, or a part of it that
+fits a tile. A piece is what a cut has in common with a block or with the window: its keys and values are one load each.
+The list of pieces is cut into splits, so that one sequence alone keeps all cores busy; a second kernel joins the splits
+in a fixed order.
 """
 
 import triton
@@ -23,13 +24,37 @@ from nsa_triton.ops._common.primitives import (
     store_state,
 )
 
+MOST_TOKENS: tl.constexpr = tl.constexpr(1 << 30)  # of a sequence: beyond, the place where a cut ends might overflow
+
+
+@triton.jit
+def piece_of_block(p_ids, i_piece, n_visible, L: tl.constexpr, CUT: tl.constexpr, PIECES: tl.constexpr):
+    """The cut that piece i_piece of the selected blocks lies in, its first token, and how many it has: none where the
+    block has no token in that cut, or is not there."""
+    n_blocks = (n_visible - 1) // L + 1
+    i_block = tl.load(p_ids + i_piece // PIECES)
+    exists = (i_block >= 0) & (i_block < n_blocks)
+    i_0 = tl.where(exists, i_block, 0) * L
+    n_0 = tl.where(exists, tl.minimum(L, n_visible - i_0), 0)
+    i_cut = (i_0 // CUT + i_piece % PIECES) * CUT
+    i_i = tl.maximum(i_0, i_cut)
+    return i_cut, i_i, tl.minimum(i_0 + n_0, i_cut + CUT) - i_i
+
+
+@triton.jit
+def piece_of_window(i_piece, n_visible, WINDOW: tl.constexpr, CUT: tl.constexpr):
+    """The same of the newest WINDOW tokens, from the newest piece to the oldest."""
+    i_cut = ((n_visible - 1) // CUT - i_piece) * CUT
+    i_i = tl.maximum(tl.maximum(n_visible - WINDOW, 0), i_cut)
+    return i_cut, i_i, tl.minimum(n_visible, i_cut + CUT) - i_i
+
 
 @triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all", "n_table", "n_pages"])
-def select_attention_split(
+def paged_split(
     q,  # [T, N1, DK]
     k,  # [n_pages, P, N2, DK]
     v,  # [n_pages, P, N2, DV]
-    ids,  # [T, N2, K] int32
+    ids,  # [T, N2, K] int32; dead if WINDOW
     table,  # [B, n_table] int32, page ids
     lengths,  # [B] int32, tokens in the cache
     rows,  # [B, 2] int32, first row of q and query tokens; dead if not RAGGED
@@ -51,11 +76,12 @@ def select_attention_split(
     v_i,
     v_n,
     G: tl.constexpr,
-    K: tl.constexpr,
-    L: tl.constexpr,
+    K: tl.constexpr,  # ids; cuts that the window may touch, if WINDOW
+    L: tl.constexpr,  # dead if WINDOW
+    WINDOW: tl.constexpr,  # newest tokens that a query token attends to; 0: the blocks that ids name
     P: tl.constexpr,
     CUT: tl.constexpr,  # tokens that are loaded at once; divides P
-    PIECES: tl.constexpr,  # cuts that a block may touch
+    PIECES: tl.constexpr,  # cuts that a block may touch; 1 if WINDOW
     SPLITS: tl.constexpr,
     W: tl.constexpr,  # floats in 32 bytes, the least that an NPU moves
     RAGGED: tl.constexpr,
@@ -80,13 +106,12 @@ def select_attention_split(
         i_n = i_item // (SPLITS * n_tiles) % N2
         i_b = i_item // (SPLITS * n_tiles) // N2
         i_begin, i_end, i_newest = query_rows(rows, i_b, n_tokens, n_all, RAGGED)
-        n_kv = tl.load(lengths + i_b)
+        n_kv = tl.minimum(tl.load(lengths + i_b), MOST_TOKENS)
         p_table = table + i_b.to(tl.int64) * n_table
         for i_t in range(i_begin, i_end):
             i_row = i_t.to(tl.int64)
             # each query token sees the cache up to itself
             n_visible = tl.maximum(n_kv - (i_newest - 1 - i_row), 0).to(tl.int32)
-            n_blocks = (n_visible - 1) // L + 1
             # [BH, BK]
             p_q = q + i_row * q_t + (i_n * G + i_h) * q_h
             m_h = o_h < G - i_h
@@ -96,13 +121,11 @@ def select_attention_split(
             b_z = tl.zeros([BH], tl.float32)
             b_o = tl.zeros([BH, BV], tl.float32)
             for i_piece in range(i_split * K // SPLITS * PIECES, (i_split + 1) * K // SPLITS * PIECES):
-                i_block = tl.load(ids + (i_row * N2 + i_n) * K + i_piece // PIECES)
-                exists = (i_block >= 0) & (i_block < n_blocks)
-                i_0 = tl.where(exists, i_block, 0) * L
-                n_0 = tl.where(exists, tl.minimum(L, n_visible - i_0), 0)
-                i_cut = (i_0 // CUT + i_piece % PIECES) * CUT
-                i_i = tl.maximum(i_0, i_cut)
-                n_i = tl.minimum(i_0 + n_0, i_cut + CUT) - i_i
+                if WINDOW:
+                    i_cut, i_i, n_i = piece_of_window(i_piece, n_visible, WINDOW, CUT)
+                else:
+                    p_ids = ids + (i_row * N2 + i_n) * K
+                    i_cut, i_i, n_i = piece_of_block(p_ids, i_piece, n_visible, L, CUT, PIECES)
                 i_page = page_at(p_table, i_cut // P, n_table, n_pages)
                 # [BN, BK]; one row at least, because a product of no columns is none
                 m_k = (o_n < tl.maximum(n_i, 1))[:, None] & (o_k < DK)[None, :]
@@ -131,7 +154,7 @@ def select_attention_split(
 
 
 @triton.jit(do_not_specialize=["n_items", "n_tokens", "n_all"])
-def select_attention_join(
+def paged_join(
     o,  # [T, N1, SPLITS, DV] float32
     state,  # [T, N1, SPLITS, W] float32, maximum and sum
     rows,  # [B, 2] int32

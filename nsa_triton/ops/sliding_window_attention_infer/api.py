@@ -1,0 +1,150 @@
+"""The public function of sliding_window_attention_infer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nsa_triton.limits import mode_in_force
+from nsa_triton.ops._common.indices import as_int32
+from nsa_triton.ops._common.lengths import batch_lengths, read_once
+from nsa_triton.ops._common.paged_contract import check_host_lengths
+from nsa_triton.ops._common.pages import dealt_pages
+from nsa_triton.ops._common.queries import batch_count, most_query_tokens, packed, query_rows, unpacked, with_heads
+from nsa_triton.ops.sliding_window_attention_infer import contract, library
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Lengths = Sequence[int] | np.ndarray[Any, Any] | Tensor
+
+
+def nsa_sliding_window_attention_infer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale_value: float,
+    head_num: int,
+    key_value_head_num: int,
+    window_size: int,
+    page_block_size: int,
+    *,
+    layout: str = "BSND",
+    block_table: Tensor | None = None,
+    actual_seq_qlen: Lengths | None = None,
+    actual_seq_kvlen: Lengths | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest tokens of each batch over a sliding window of its paged cache.
+
+    The query tokens of a batch are the last `actual_seq_qlen[b]` of its `actual_seq_kvlen[b]` tokens, and each attends
+    to itself and the window_size - 1 tokens before it: the query token at position i to the tokens
+
+        max(0, i - window_size + 1) <= p <= i
+        output[t, h] = softmax over these tokens p (scale_value * query[t, h] . key[p, n]) @ value[p, n]
+
+    with the kv head n of the head h. Where it sees nothing, the output is 0. It is 0 also in the rows of `query` behind
+    the query tokens of a batch. Scores and sums are float32, and the output is rounded once. It has no gradient.
+
+    Args:
+        query: [B, S, N1, Dk] for layout "BSND", [B, S, N1 * Dk] for "BSH", [T, N1, Dk] for "TND", which packs the query
+            tokens of all batches. Any head sizes. float16, bfloat16 or float32; float64 with impl="reference".
+        key: the cache of keys, [pages, page_block_size, N2, Dk] or [pages, page_block_size, N2 * Dk], with the dtype
+            and on the device of `query`. Any strides, but the last dimension is dense: a cache is never copied.
+        value: the cache of values, [pages, page_block_size, N2, Dv] or [pages, page_block_size, N2 * Dv], likewise.
+        scale_value: what scores are multiplied by, most often Dk ** -0.5.
+        head_num: N1, a multiple of N2.
+        key_value_head_num: N2.
+        window_size: tokens that a query token attends to, itself included, at least 1. With a window as long as the
+            cache it is dense causal attention.
+        page_block_size: tokens per page, a multiple of 16.
+        layout: "BSH", "BSND" or "TND". It says nothing of the caches.
+        block_table: the pages of each batch in order, [B, max_blocks], an integer tensor, best int32. Entries of pages
+            that no window touches are never used and may be anything: a cache of a window only may give old pages away.
+            None: pages are dealt to the batches in order, as many to each as the longest needs.
+        actual_seq_qlen: query tokens of each batch. None: all S rows, or one for "TND".
+        actual_seq_kvlen: required. Tokens of each batch, its query tokens and those whose pages were given away
+            included. Both kinds of lengths are a list, tuple, numpy integer array or integer tensor. A tensor on the
+            device is not read back: its values are not checked. Under torch.compile a list, tuple or tensor, and values
+            are not checked either.
+        return_lse: also return the logarithm of the sum of exp(score), for joining with other attention.
+        impl: "triton" runs the kernels or raises; "reference" runs the specification in PyTorch (slow); "auto" runs
+            the kernels and, where they cannot run, the reference, after a warning in the log "nsa_triton".
+
+    Returns:
+        A new tensor like `query` with Dv in place of Dk; with `return_lse` also a float32 tensor [B, S, N1], or
+        [T, N1] for "TND", -inf where nothing is seen.
+
+    Raises:
+        ArgumentTypeError: (a TypeError) an argument has the wrong type or dtype.
+        ArgumentValueError: (a ValueError and a RuntimeError) a shape, device or value is not as above. Pages and
+            lengths on the device are looked at only with NSA_TRITON_CHECK_INDICES=1; without it, garbage in them gives
+            wrong numbers, but never an access outside of the tensors.
+        ToolchainError: impl="triton", and the kernels cannot run on this machine.
+
+    Example:
+        >>> query = torch.randn(2, 1, 16, 192, dtype=torch.bfloat16)
+        >>> keys = torch.randn(10, 128, 4, 192, dtype=torch.bfloat16)
+        >>> values = torch.randn(10, 128, 4, 128, dtype=torch.bfloat16)
+        >>> pages = torch.full((2, 20), -1, dtype=torch.int32)
+        >>> pages[0, 15:], pages[1, 3:8] = torch.arange(5), torch.arange(5, 10)  # those of the newest 512 tokens
+        >>> sizes = 192**-0.5, 16, 4, 512, 128
+        >>> cached = {"block_table": pages, "actual_seq_kvlen": [2500, 900]}
+        >>> nsa_sliding_window_attention_infer(query, keys, values, *sizes, **cached).shape
+        torch.Size([2, 1, 16, 128])
+    """
+    is_eager = not torch.compiler.is_compiling()  # Dynamo cannot trace all checks; the operator makes those of shapes
+    if is_eager:
+        contract.check_types(
+            query=query,
+            key=key,
+            value=value,
+            scale_value=scale_value,
+            head_num=head_num,
+            key_value_head_num=key_value_head_num,
+            window_size=window_size,
+            page_block_size=page_block_size,
+            layout=layout,
+            block_table=block_table,
+            actual_seq_qlen=actual_seq_qlen,
+            actual_seq_kvlen=actual_seq_kvlen,
+            return_lse=return_lse,
+            impl=impl,
+        )
+        actual_seq_kvlen = read_once(actual_seq_kvlen, "actual_seq_kvlen")
+        actual_seq_qlen = read_once(actual_seq_qlen, "actual_seq_qlen")
+    queries = packed(query, layout, head_num)
+    keys = with_heads(key, key_value_head_num, "key", "key_value_head_num")
+    values = with_heads(value, key_value_head_num, "value", "key_value_head_num")
+    table = None if block_table is None else as_int32("block_table", block_table)
+    batch = batch_count(query, table, actual_seq_kvlen, layout)
+    if is_eager:
+        most = most_query_tokens(actual_seq_qlen, layout, query)
+        numbers = {
+            **({"S": most} if most else {}),  # 0 is for the operator, which knows whether there are rows at all
+            "B": batch,
+            "N1": head_num,
+            "N2": key_value_head_num,
+            "window_size": window_size,
+            "page_block_size": page_block_size,
+        }
+        tensors = {"query": queries, "key": keys, "value": values, "block_table": table}
+        contract.check_call(tensors, numbers, mode=mode_in_force())
+    rows = query_rows(actual_seq_qlen, layout, query, batch)
+    lengths = batch_lengths(actual_seq_kvlen, "actual_seq_kvlen", batch, query.device)
+    if is_eager:
+        check_host_lengths(actual_seq_kvlen, actual_seq_qlen, keys, table)
+    if table is None:
+        table = dealt_pages(lengths, keys.shape[0], keys.shape[1])
+    with torch.no_grad():
+        output, lse = library.sliding_window_attention_infer(
+            queries, keys, values, table, lengths, rows, float(scale_value), window_size, impl
+        )
+    output = unpacked(output, layout, query)
+    if not return_lse:
+        return output
+    return output, lse if layout == "TND" else lse.view(query.shape[0], query.shape[1], head_num)

@@ -1,0 +1,102 @@
+"""The kernels touch nothing outside their tensors, whatever the indices hold and however large the caches are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_triton.ascend.toolchain import front_end_problem
+from nsa_triton.ops.sliding_window_attention_infer import reference
+from nsa_triton.runtime.launch import Launch
+from nsa_triton.runtime.target import target_of
+from tests.guard import run_guarded
+from tests.ops.sliding_window_attention_infer.cases import Sizes, make
+
+if front_end_problem() is not None:
+    pytest.skip(f"no Ascend front end: {front_end_problem()}", allow_module_level=True)
+
+from nsa_triton.ops._common.paged_launch import call_on
+from nsa_triton.ops.sliding_window_attention_infer import launch
+
+CPU = torch.device("cpu")
+# Tails everywhere: heads of a group, columns, pages, windows. One and several splits; packed and ragged rows.
+SHAPES: list[Any] = [
+    (Sizes(3, 1, 18, 5, 16, 48), (33,), (1,)),
+    (Sizes(14, 2, 65, 18, 48, 63), (47, 130), (1, 1)),
+    (Sizes(40, 8, 16, 32, 32, 1), (64, 9), (2, 1)),
+    (Sizes(8, 8, 48, 16, 64, 1000), (100, 0, 65), (4, 0, 3)),
+]
+
+
+def plans(problem):
+    """The launches of a call."""
+    return launch.plan_launches(target_of(CPU), call_on(*problem[:7]), problem.window)
+
+
+def assert_guarded(problem, side, harmless=None):
+    """Every tensor of every launch ends (or begins) at a page that faults when touched.
+
+    `harmless` is a problem of the same shapes: what this process runs, to compile, where `problem` might do damage.
+    """
+    target = target_of(CPU)
+    launches = plans(problem)
+    for planned, compiled in zip(launches, plans(harmless) if harmless else launches, strict=True):
+        compiled.run(target, CPU)  # outside of the guarded child; it fills what the next launch reads
+        tensors = {name: value for name, value in planned.arguments.items() if isinstance(value, torch.Tensor)}
+        numbers = {name: value for name, value in planned.arguments.items() if name not in tensors}
+
+        def guarded(planned=planned, numbers=numbers, **tensors):
+            arguments = {name: tensors.get(name, numbers.get(name)) for name in planned.arguments}
+            Launch(planned.kernel, planned.programs, arguments, planned.constexprs).run(target, CPU)
+
+        after = run_guarded(guarded, tensors, side)
+        for name in tensors if harmless is None else ():
+            torch.testing.assert_close(after[name], tensors[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_stay_inside_their_tensors(shape, dtype, side):
+    assert_guarded(make(shape[0], shape[1], shape[2], dtype, garbage=True), side)
+
+
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("length", [-(2**31), -1, 1000, 2**30, 2**31 - 1])
+def test_garbage_in_every_index_leads_nowhere_else(length, side):
+    """Page ids that are needed and lie outside of the cache, and lengths beyond the block table."""
+    for sizes, cached, tokens in SHAPES:
+        problem = make(sizes, cached, tokens, garbage=True)
+        table = torch.tensor([-(2**31), 2**31 - 1, -1, problem.key.shape[0]], dtype=torch.int32)
+        table = table[torch.arange(problem.table.numel()) % 4].view(problem.table.shape)
+        lengths = torch.full_like(problem.lengths, length)
+        assert_guarded(problem._replace(table=table, lengths=lengths), side, harmless=problem)
+
+
+ROWS = [[[-3, 2], [9, 4]], [[0, 2**31 - 1], [1, 1]], [[2**31 - 1, 1], [-(2**31), 5]], [[2, -4], [1, 2**30]]]
+
+
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_garbage_in_the_rows_leads_nowhere_else(rows, side):
+    """Query lengths on the device are not read back, so that they may add up to anything."""
+    problem = make(SHAPES[2][0], (64, 9), (2, 1), torch.float32)
+    assert_guarded(problem._replace(rows=torch.tensor(rows, dtype=torch.int32)), side, harmless=problem)
+
+
+def test_offsets_beyond_two_to_the_31_elements():
+    """A cache of more than 2^31 elements; pages never touched take no memory."""
+    kv_heads, dim, page = 8, 128, 128
+    n_pages = (1 << 31) // (kv_heads * dim * page) + 8
+    problem = make(Sizes(16, kv_heads, dim, dim, page, 100), (200,), (1,), torch.float16)
+    key, value = (torch.empty((n_pages, page, kv_heads, dim), dtype=torch.float16) for _ in range(2))
+    assert key.numel() > 1 << 31
+    far = torch.tensor([[n_pages - 1, n_pages - 3]], dtype=torch.int32)
+    small = problem.table[:, :2].long()
+    for cache, like in ((key, problem.key), (value, problem.value)):
+        cache[far[0].long()] = like[small[0]]
+    expected = reference.forward(*problem.doubled())[0]
+    actual = launch.forward(*problem._replace(key=key, value=value, table=far))[0]
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
