@@ -30,6 +30,7 @@ USUAL = {
     "compress_attention_infer": (2,),
     "select_attention": (6, 7),
     "select_attention_infer": (2,),
+    "sliding_window_attention": (6, 7),
     "sliding_window_attention_infer": (2,),
 }
 versions = pytest.mark.parametrize("compiler", compilers(), ids=lambda compiler: compiler.version)
