@@ -45,6 +45,8 @@ OPS = {
     "nsa_compress_attention_grad": "Compressed attention, gradient",
     "nsa_select_attention": "Selected attention",
     "nsa_select_attention_grad": "Selected attention, gradient",
+    "nsa_sliding_window_attention": "Sliding window",
+    "nsa_sliding_window_attention_grad": "Sliding window, gradient",
     "nsa_gated_combine": "Gated sum",
     "nsa_gated_combine_grad": "Gated sum, gradient",
     "nsa_compress_infer": "Compression, decoding",

@@ -134,16 +134,17 @@ def decode(query: Tensor, gates: Tensor, step: Step, layer: int, *, impl: str = 
     The keys and values of these tokens must be in the cache already: `step.cache.write` puts them there.
 
     Args:
-        query: [T, N1, Dk], packed as the step has them, with the dtype and on the device of the cache.
+        query: [T, N1, Dk], packed as the step has them, on the device of the cache and computed with in its dtype.
         gates: [T, N1, 3], as in `native_sparse_attention`.
         step: what `NSACache.extend` made of these tokens.
         layer: whose keys and values to attend to.
         impl: as in `native_sparse_attention`.
 
     Returns:
-        [T, N1, Dv]; no gradient goes through it.
+        [T, N1, Dv] with the dtype of `query`; no gradient goes through it.
     """
     cache, config = step.cache, step.cache.config
+    asked, query = query.dtype, query.to(cache.keys.dtype)
     heads = (config.score_scale, config.head_num, config.key_value_head_num)
     blocks_of = (config.select_block_size, config.select_block_count)
     rows: dict[str, Any] = {"layout": "TND", "block_table": step.table, "actual_seq_qlen": step.counts, "impl": impl}
@@ -170,4 +171,5 @@ def decode(query: Tensor, gates: Tensor, step: Step, layer: int, *, impl: str = 
     local = nsa_sliding_window_attention_infer(
         query, keys, values, *heads, config.window_size, cache.page_size, actual_seq_kvlen=step.lengths, **rows
     )
-    return nsa_gated_combine(compressed, cast(Tensor, selected), cast(Tensor, local), gates, impl=impl)
+    branches = (compressed, cast(Tensor, selected), cast(Tensor, local))
+    return nsa_gated_combine(*branches, gates.to(query.dtype), impl=impl).to(asked)

@@ -109,6 +109,20 @@ def test_what_was_not_accepted_is_forgotten(impl):
     growing.extend({0: 20})
 
 
+def test_a_cache_may_be_rounded():
+    """Its dtype is that of decoding; results have the dtype of the tokens."""
+    module, hidden = made(SMALL, "reference"), tokens(SMALL, 60)
+    cache = NSACache(SMALL, layers=1, pages=1, max_tokens=60, dtype=torch.bfloat16)
+    number = cache.add()
+    with torch.no_grad():
+        expected = module(hidden)
+        for begin, end in ((0, 50), (50, 55), (55, 56)):
+            output = module(hidden[begin:end], step=cache.extend({number: end - begin}))
+            assert output.dtype == torch.float32
+            error = (output - expected[begin:end]).norm(dim=1) / expected[begin:end].norm(dim=1)
+            assert error.median() < 10 * torch.finfo(torch.bfloat16).eps
+
+
 def test_layers_are_apart():
     growing = Growing(SMALL, "reference", 40, 1)
     growing.extend({0: 30}, layer=1)
