@@ -30,7 +30,7 @@ def test_the_wheel_carries_configs_and_licence(wheel):
     assert "nsa_triton/bench/cases.py" in names
     assert not [name for name in names if "__pycache__" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not [name for name in names if name.startswith(("tests", "bench"))]
+    assert not [name for name in names if name.startswith(("tests", "bench", "examples"))]
 
 
 def test_the_installed_wheel_finds_its_own_configs(wheel, tmp_path):
