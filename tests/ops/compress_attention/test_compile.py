@@ -55,7 +55,7 @@ def test_matrix_products_use_the_cube_and_the_rest_only_vector_cores():
     """The launcher starts one program per core of the kind that a kernel uses."""
     of_kernels = reports(launch, CHIPS[0], compilers()[0].version, COMPILES[:1])
     found = {report.kernel: report.mix_mode for report in of_kernels}
-    products = {f"compress_attention_{name}" for name in ("fwd", "scores", "bwd_dq", "bwd_dkv")}
+    products = {"attention_fwd", "attention_dq", "attention_dkv", "compress_attention_scores"}
     assert {kernel for kernel, mode in found.items() if mode == "mix"} == products
     assert {kernel for kernel, mode in found.items() if mode == "aiv"} == set(found) - products
 
