@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.baseline import KINDS
 from nsa_triton.ascend.simulator.costs import parameters
-from nsa_triton.cli.ops import LIMIT_COLUMNS, OP_COLUMNS, limit_rows, markdown, op_rows
+from nsa_triton.cli.ops import OP_COLUMNS, markdown, op_rows
 from nsa_triton.ops.catalog import FAMILIES, Family
 from nsa_triton.workloads import BATCH, SHAPES
 
@@ -29,7 +29,7 @@ PART = re.compile(r"(<!-- begin generated: (.+?) -->\n)(.*?)(<!-- end generated 
 
 
 def _operators() -> str:
-    return f"{markdown(OP_COLUMNS, op_rows([]))}\n{markdown(LIMIT_COLUMNS, limit_rows([]))}"
+    return markdown(OP_COLUMNS, op_rows([]))
 
 
 def _table(name: str) -> str:
@@ -136,7 +136,7 @@ def _mutations() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "nsa-triton ops --markdown": _operators,
+    "nsa-triton ops": _operators,
     "python -m bench.cpu_target": functools.partial(_table, "cpu/cpu_target.csv"),
     "nsa_triton/ascend/simulator/chips.json": _parameters,
     "python -m bench.simulated": _simulated,

@@ -48,9 +48,17 @@ def op_rows(names: list[str]) -> Rows:
 
 
 def limit_rows(names: list[str]) -> Rows:
-    functions = {op.name for family in families(names) for op in family.ops}
-    texts = [(limit, limit.structural.text(), limit.documented.text()) for limit in LIMITS if limit.op in functions]
-    return [(limit.op, limit.argument, ours, "the same" if ours == theirs else theirs) for limit, ours, theirs in texts]
+    vendors = {op.name: op.vendor for family in families(names) for op in family.ops}
+    texts = [(limit, limit.structural.text(), limit.documented.text()) for limit in LIMITS if limit.op in vendors]
+    return [
+        (limit.op, limit.argument, ours, _documented(ours, theirs, vendors[limit.op])) for limit, ours, theirs in texts
+    ]
+
+
+def _documented(ours: str, theirs: str, vendor: str) -> str:
+    if vendor == "–":  # CANN has no such operator
+        return "–"
+    return "the same" if ours == theirs else theirs
 
 
 def markdown(columns: tuple[str, ...], rows: Rows) -> str:

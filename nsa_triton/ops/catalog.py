@@ -88,8 +88,8 @@ FAMILIES = (
                 "attention over compressed tokens, ragged batches, and the ids of the best blocks",
                 "fp16, bf16, fp32",
                 "query, key, value",
-                "any head sizes, groups and lengths; causality and forced blocks without masks; tokens that see "
-                "nothing give 0; true overlap scores; memory that is linear in tokens",
+                "head sizes up to 512; any groups and lengths; causality and forced blocks without masks; tokens that "
+                "see nothing give 0; true overlap scores; memory that is linear in tokens",
             ),
             Op(
                 "nsa_compress_attention_grad",
@@ -110,8 +110,8 @@ FAMILIES = (
                 "attention over a paged cache of compressed tokens, and the ids of the best blocks",
                 "fp16, bf16, fp32",
                 "–",
-                "any head sizes, groups, pages and lengths; true overlap scores; lengths on the device; keys are read "
-                "once; small batches fill all cores",
+                "head sizes up to 512; any groups, pages and lengths; true overlap scores; lengths on the device; "
+                "keys are read once; small batches fill all cores",
             ),
         ),
     ),
@@ -124,8 +124,8 @@ FAMILIES = (
                 "attention of packed sequences over selected blocks of keys, causal or not",
                 "fp16, bf16, fp32",
                 "query, key, value",
-                "any head sizes, groups and counts; empty segments and cut blocks; bad ids are skipped; causal without "
-                "a mask; every Ascend product, CUDA and CPU",
+                "head sizes up to 512; any groups and counts; empty segments and cut blocks; bad ids are skipped; "
+                "causal without a mask; every Ascend product, CUDA and CPU",
             ),
             Op(
                 "nsa_select_attention_grad",
@@ -146,8 +146,8 @@ FAMILIES = (
                 "attention over selected blocks of a paged cache, one or several query tokens",
                 "fp16, bf16, fp32",
                 "–",
-                "ids per kv head; any head sizes, groups and pages; lengths on the device; log-sum-exp; small batches "
-                "fill all cores",
+                "ids per kv head; head sizes up to 512; any groups and pages; lengths on the device; log-sum-exp; "
+                "small batches fill all cores",
             ),
         ),
     ),

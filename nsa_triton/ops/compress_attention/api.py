@@ -57,8 +57,8 @@ def nsa_compress_attention(
     scores of 0 and no gradient. Differentiable once in `query`, `key` and `value`, through attention_out.
 
     Args:
-        query: [T1, N1, Dk], the query tokens of all segments, packed. Any head sizes. float16 or bfloat16; float32,
-            which CANN does not have; float64 with impl="reference". Any strides.
+        query: [T1, N1, Dk], the query tokens of all segments, packed. Any head sizes; kernels take those up to 512.
+            float16 or bfloat16; float32, which CANN does not have; float64 with impl="reference". Any strides.
         key: the compressed keys of all segments, packed: [T2, N2, Dk], with the dtype and on the device of `query`.
         value: the compressed values, [T2, N2, Dv], likewise.
         scale_value: what scores are multiplied by, most often Dk ** -0.5.

@@ -68,8 +68,9 @@ def nsa_compress_attention_infer(
     0 and no blocks. So have the rows of `query` behind the query tokens of a batch. It has no gradient.
 
     Args:
-        query: [T, N1, Dk] for layout "TND", which packs the query tokens of all batches, [B, S, N1, Dk] for "BSND".
-            Any head sizes. float16 or bfloat16; float32, which CANN does not have; float64 with impl="reference".
+        query: [T, N1, Dk] for layout "TND", which packs the query tokens of all batches, [B, S, N1, Dk] for "BSND". Any
+            head sizes; kernels take those up to 512. float16 or bfloat16; float32, which CANN does not have; float64
+            with impl="reference".
         key: the cache of compressed keys, [pages, page_block_size, N2 * Dk] or [pages, page_block_size, N2, Dk], with
             the dtype and on the device of `query`. Any strides, but the last dimension is dense: a cache is never
             copied.

@@ -47,8 +47,8 @@ def nsa_select_attention(
     `value`, through the output; tokens that nobody selects get a gradient of 0.
 
     Args:
-        query: the query tokens of all segments, packed: [T1, N1, Dk]. Any head sizes. float16 or bfloat16; float32,
-            which CANN does not have; float64 with impl="reference". Any strides.
+        query: the query tokens of all segments, packed: [T1, N1, Dk]. Any head sizes; kernels take those up to 512.
+            float16 or bfloat16; float32, which CANN does not have; float64 with impl="reference". Any strides.
         key: [T2, N2, Dk], with the dtype and on the device of `query`. Any strides.
         value: [T2, N2, Dv], likewise.
         topk_indices: the blocks of each query token and kv head, [T1, N2, K], an integer tensor, best int32.

@@ -56,8 +56,8 @@ def nsa_select_attention_infer(
 
     Args:
         query: [B, S, N1, Dk] for layout "BSND", [B, S, N1 * Dk] for "BSH", [T, N1, Dk] for "TND", which packs the query
-            tokens of all batches. Any head sizes. float16 or bfloat16; float32, which CANN does not have; float64 with
-            impl="reference".
+            tokens of all batches. Any head sizes; kernels take those up to 512. float16 or bfloat16; float32, which
+            CANN does not have; float64 with impl="reference".
         key: the cache of keys, [pages, page_block_size, N2, Dk] or [pages, page_block_size, N2 * Dk], with the dtype
             and on the device of `query`. Any strides, but the last dimension is dense: a cache is never copied.
         value: the cache of values, [pages, page_block_size, N2, Dv] or [pages, page_block_size, N2 * Dv], likewise.

@@ -42,8 +42,8 @@ def nsa_sliding_window_attention(
     `query`, `key` and `value`, through the output; keys that nobody sees get a gradient of 0.
 
     Args:
-        query: the query tokens of all segments, packed: [T1, N1, Dk]. Any head sizes. float16, bfloat16 or float32;
-            float64 with impl="reference". Any strides.
+        query: the query tokens of all segments, packed: [T1, N1, Dk]. Any head sizes; kernels take those up to 512.
+            float16, bfloat16 or float32; float64 with impl="reference". Any strides.
         key: [T2, N2, Dk], with the dtype and on the device of `query`. Any strides.
         value: [T2, N2, Dv], likewise.
         scale_value: what scores are multiplied by, most often Dk ** -0.5.
