@@ -236,7 +236,7 @@ def test_forced_blocks_come_first_by_number(initial, local, impl):
     problem = make(BASE._replace(entries=6), (400, 30, 130), causal=True, forced=(initial, local))
     _, ids, *_ = call(nsa_compress_attention, problem, impl)
     for first, tokens, _, keys in problem.segments():
-        blocks = -(-keys // 4)
+        blocks = max(-(-keys // 4), -(-tokens // 64) if local else 0)  # every token is in one, if that is forced
         for t in range(tokens):
             own = t // 64
             forced = [j for j in range(blocks) if j < initial or own - local < j <= own]
@@ -248,9 +248,9 @@ def test_forced_blocks_come_first_by_number(initial, local, impl):
 
 @every_impl
 def test_forced_blocks_are_a_mask(impl):
-    """The numbers of initial and local blocks say what a mask could say too."""
-    numbers = make(BASE._replace(entries=6), (400, 130), causal=True, forced=(2, 3))
-    block, own = torch.arange(7), torch.arange(400).unsqueeze(1) // 64
+    """The numbers of initial and local blocks say what a mask could say too, where all tokens are in blocks of it."""
+    numbers = make(BASE._replace(entries=6), (416, 120), causal=True, forced=(2, 3))
+    block, own = torch.arange(7), torch.arange(416).unsqueeze(1) // 64
     mask = (block < 2) | ((own - 3 < block) & (block <= own))
     masked = numbers._replace(topk_mask=mask, initial=0, local=0)
     outputs = (call(nsa_compress_attention, problem, impl) for problem in (numbers, masked))
