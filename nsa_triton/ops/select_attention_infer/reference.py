@@ -14,9 +14,7 @@ tokens of the cache. Of these, head h attends to the blocks that the list of its
 An id that no block below vis has is skipped, wherever in the list it stands: -1, or garbage. An id that is listed twice
 counts twice. Where nothing is selected the output is 0 and lse is -inf, and so it is in rows that are no query token.
 
-Token p of batch b is in page block_table[b, p // page], row p % page. A page that is not in the cache is replaced by
-the nearest one that is, and a page beyond the end of the block table by the last one in it: garbage gives wrong
-numbers, never an access to memory that is not the caller's.
+Which page holds a token, and what a bad entry of the block table gives, paged_tokens.py says.
 
 Everything is float32, or float64 for float64 tensors; the output is rounded once.
 """
@@ -25,6 +23,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from nsa_triton.ops._common.paged_tokens import cached_tokens, query_tokens
 
 
 def forward(
@@ -50,17 +50,16 @@ def forward(
     queries = query.to(precision)
     output = queries.new_zeros((*query.shape[:2], value.shape[3]))
     lse = queries.new_full(query.shape[:2], -torch.inf)
-    batches = block_table.shape[0]
-    each = query.shape[0] // batches
-    row_list = [(b * each, each) for b in range(batches)] if rows is None else rows.tolist()
-    for table, length, (first, tokens) in zip(block_table.long(), lengths.tolist(), row_list, strict=True):
-        for row in range(max(first, 0), min(first + tokens, len(query))):
-            visible = length - (first + tokens - 1 - row)
-            place = selected_tokens(topk_indices[row], select_block_size, visible)
-            if place.numel() == 0:
-                continue
-            keys, values = (_gathered(cache, table, place).to(precision) for cache in (key, value))
-            output[row], lse[row] = attend(queries[row], keys, values, place >= 0, scale)
+    for row, pages, visible in query_tokens(len(query), block_table, lengths, rows):
+        place = selected_tokens(topk_indices[row], select_block_size, visible)
+        if place.numel() == 0:
+            continue
+        selected = place >= 0
+        keys, values = (
+            cached_tokens(cache, pages, place.clamp(min=0)).masked_fill(~selected.unsqueeze(-1), 0.0).to(precision)
+            for cache in (key, value)
+        )
+        output[row], lse[row] = attend(queries[row], keys, values, selected, scale)
     return output.to(query.dtype), lse
 
 
@@ -83,12 +82,3 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, selected: Tensor, scale:
     total = terms.sum(-1, keepdim=True)
     output = (terms @ values / total).masked_fill(nothing, 0.0)
     return output.flatten(0, 1), (largest + total.log()).flatten()
-
-
-def _gathered(cache: Tensor, table: Tensor, place: Tensor) -> Tensor:
-    """The tokens [N2, P, D] at the places [N2, P] of a batch, with zeros where there is none."""
-    page = cache.shape[1]
-    pages = table[(place.clamp(min=0) // page).clamp(max=len(table) - 1)].clamp(0, cache.shape[0] - 1)
-    heads = torch.arange(cache.shape[2], device=cache.device).unsqueeze(-1)
-    tokens = cache[pages, place.clamp(min=0) % page, heads]
-    return tokens.masked_fill(place.unsqueeze(-1) < 0, 0.0)

@@ -122,9 +122,9 @@ def nsa_sliding_window_attention_grad(
     Example:
         >>> output, lse = nsa_sliding_window_attention(query, keys, values, 192**-0.5, 16, 512, **lengths)
         >>> given = (torch.ones_like(output), query, keys, values, output, lse)
-        >>> query_grad, key_grad, value_grad = nsa_sliding_window_attention_grad(
-        ...     *given, 192**-0.5, 16, 512, **lengths
-        ... )
+        >>> gradients = nsa_sliding_window_attention_grad(*given, 192**-0.5, 16, 512, **lengths)
+        >>> [gradient.shape for gradient in gradients] == [query.shape, keys.shape, values.shape]
+        True
     """
     tensors = {
         "grad": grad,

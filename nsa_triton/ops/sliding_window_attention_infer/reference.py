@@ -13,9 +13,8 @@ tokens of the cache, and head h attends to the newest `window` of these, with it
 
 Where it sees nothing the output is 0 and lse is -inf, and so it is in rows that are no query token.
 
-Token p of batch b is in page block_table[b, p // page], row p % page. A page that is not in the cache is replaced by
-the nearest one that is, and a page beyond the end of the block table by the last one in it: garbage gives wrong
-numbers, never an access to memory that is not the caller's. Pages that no window touches are not looked at.
+Which page holds a token, and what a bad entry of the block table gives, paged_tokens.py says. Pages that no window
+touches are not looked at.
 
 Everything is float32, or float64 for float64 tensors; the output is rounded once.
 """
@@ -24,6 +23,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from nsa_triton.ops._common.paged_tokens import cached_tokens, query_tokens
 
 
 def forward(
@@ -48,17 +49,12 @@ def forward(
     queries = query.to(precision)
     output = queries.new_zeros((*query.shape[:2], value.shape[3]))
     lse = queries.new_full(query.shape[:2], -torch.inf)
-    batches = block_table.shape[0]
-    each = query.shape[0] // batches
-    row_list = [(b * each, each) for b in range(batches)] if rows is None else rows.tolist()
-    for table, length, (first, tokens) in zip(block_table.long(), lengths.tolist(), row_list, strict=True):
-        for row in range(max(first, 0), min(first + tokens, len(query))):
-            visible = length - (first + tokens - 1 - row)
-            if visible < 1:
-                continue
-            place = torch.arange(max(visible - window, 0), visible, device=query.device)
-            keys, values = (_gathered(cache, table, place).to(precision) for cache in (key, value))
-            output[row], lse[row] = attend(queries[row], keys, values, scale)
+    for row, pages, visible in query_tokens(len(query), block_table, lengths, rows):
+        if visible < 1:
+            continue
+        place = torch.arange(max(visible - window, 0), visible, device=query.device)
+        keys, values = (cached_tokens(cache, pages, place).to(precision) for cache in (key, value))
+        output[row], lse[row] = attend(queries[row], keys, values, scale)
     return output.to(query.dtype), lse
 
 
@@ -68,10 +64,3 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[T
     scores = grouped @ keys.mT * scale  # [N2, G, P]
     output = torch.softmax(scores, -1) @ values
     return output.flatten(0, 1), scores.logsumexp(-1).flatten()
-
-
-def _gathered(cache: Tensor, table: Tensor, place: Tensor) -> Tensor:
-    """The tokens [N2, P, D] at the places [P] of a batch."""
-    page = cache.shape[1]
-    pages = table[(place // page).clamp(max=len(table) - 1)].clamp(0, cache.shape[0] - 1)
-    return cache[pages, place % page].transpose(0, 1)
