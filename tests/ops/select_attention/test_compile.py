@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nsa_triton.ascend.toolchain import compilers
-from tests.compiling import CHIPS, VERSIONS, no_ascend, problems, reports
+from tests.compiling import no_ascend, reports
+from tests.ops.compiled import ConfigsCompile, FirstCaseCompiles
 
 if reason := no_ascend():
     pytest.skip(reason, allow_module_level=True)
@@ -23,29 +24,10 @@ WORST = [
 ]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS)
-def test_the_shape_of_the_paper_compiles_without_problems(chip_name, version):
-    assert problems(launch, chip_name, version, COMPILES[:1]) == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS)
-def test_every_case_compiles_without_problems(chip_name, version):
-    assert problems(launch, chip_name, version, COMPILES) == {}
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_every_shipped_config_compiles_without_problems(version):
-    assert problems(launch, CHIPS[0], version, WORST) == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS[1:])
-def test_every_shipped_config_compiles_for_the_other_chips(chip_name, version):
-    assert problems(launch, chip_name, version, WORST) == {}
+class TestCompile(ConfigsCompile, FirstCaseCompiles):
+    launch = launch
+    cases = COMPILES
+    worst = WORST
 
 
 def test_products_are_made_on_the_cube_and_nothing_else_is():

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.ops.select_attention import reference
-from nsa_triton.runtime.launch import Launch
-from tests.guard import run_guarded
+from tests.ops.allocations import Allocations
 from tests.ops.select_attention.cases import Sizes, gradients_of, make, random_grad, statistics
 
 if front_end_problem() is not None:
@@ -29,38 +26,15 @@ SHAPES: list[Any] = [
 ]
 
 
-@pytest.fixture
-def guarded(monkeypatch, side):
-    """Run every launch once more where each of its tensors ends (or begins) at a page that faults when touched."""
-    run, seen = Launch.run, []
-
-    def run_twice(planned, target, device):
-        run(planned, target, device)  # compiles outside of the guarded child, and fills what the next launch reads
-        tensors = {name: value for name, value in planned.arguments.items() if isinstance(value, torch.Tensor)}
-        numbers = {name: value for name, value in planned.arguments.items() if name not in tensors}
-
-        def again(**tensors):
-            arguments: Any = {name: tensors.get(name, numbers.get(name)) for name in planned.arguments}
-            run(Launch(planned.kernel, planned.programs, arguments, planned.constexprs), target, device)
-
-        after = run_guarded(again, tensors, side)
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
-        seen.append(planned.kernel.__name__)
-
-    monkeypatch.setattr(Launch, "run", run_twice)
-    return seen
-
-
 @pytest.mark.parametrize("side", ["after", "before"])
 @pytest.mark.parametrize(("dtype", "causal"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_stay_inside_their_tensors(shape, dtype, causal, guarded):
+def test_kernels_stay_inside_their_tensors(shape, dtype, causal, guarded_launches):
     for garbage, behind in ((False, 2), (True, 0)):
         problem = make(shape[0], shape[1], shape[2], dtype, causal=causal, behind=behind, garbage=garbage)
         launch.forward(*problem)
         gradients_of(launch.backward, problem, random_grad(problem), statistics(problem))
-    assert len(set(guarded)) > 2
+    assert len(set(guarded_launches)) > 2
 
 
 def test_offsets_beyond_two_to_the_31_elements():
@@ -80,20 +54,6 @@ def test_offsets_beyond_two_to_the_31_elements():
     far = problem._replace(key=key, value=value, key_ends=(tokens,))
     for actual, expected in zip(launch.forward(*far), reference.forward(*near.doubled()), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
-
-
-class Allocations(TorchDispatchMode):
-    """The elements of the largest storage that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        results = function(*arguments, **(keywords or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
-                elements = result.untyped_storage().nbytes() // result.element_size()
-                self.largest = max(self.largest, elements)
-        return results
 
 
 def test_memory_is_linear_in_the_tokens():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_triton.ops._common.accuracy import judge, relative_rms
-from nsa_triton.ops.select_attention_infer import reference
+from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer, reference
 from tests.implementations import each_implementation
+from tests.ops.paged import PagedOp, assert_as_accurate_as_eager, naive_attention, paged_tensors
 
 every_impl = each_implementation("select_attention_infer")
 
@@ -47,94 +46,50 @@ class Sizes(NamedTuple):
     entries: int  # K
 
 
-def make(sizes: Sizes, cached, tokens, dtype=torch.float32, seed=0, *, size=1.0, stride=None, garbage=False) -> Problem:
-    """A problem of `tokens[b]` query tokens on `cached[b]` tokens of each batch.
-
-    What no query token may see is NaN: the rest of the last page, pages of no one, and rows of `query` that are no
-    query token, if `stride` puts the batches that far apart. Lists of ids hold -1 anywhere, the same id twice and
-    blocks that do not exist; unused entries of the block table are -1. With `garbage`, both are anything.
-    """
+def make(sizes: Sizes, cached, tokens, dtype=torch.float32, seed=0, *, garbage=False, **more) -> Problem:
+    """A problem of paged_tensors(). Lists of ids hold -1 anywhere, the same id twice and blocks that do not exist;
+    with `garbage`, some are anything."""
+    oldest = [0] * len(cached)
+    parts = paged_tensors(sizes, cached, tokens, dtype, seed, oldest=oldest, garbage=garbage, **more)
     rng = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    heads, kv_heads, key_dim, value_dim, page, block, entries = sizes
-    batch = len(cached)
-    columns = max(1, *(-(-length // page) for length in cached)) + int(rng.integers(2))
-    n_pages = batch * columns + 2
-    key, value = (torch.full((n_pages, page, kv_heads, dim), float("nan")) for dim in (key_dim, value_dim))
-    table: Any = np.full((batch, columns), -1)
-    if garbage:
-        table = rng.integers(-(2**31), 2**31 - 1, table.shape)
-    free = iter(rng.permutation(n_pages).tolist())
-    for b, length in enumerate(cached):
-        for column in range(-(-length // page)):
-            mine = next(free)
-            table[b, column] = mine
-            used = min(page, length - column * page)
-            key[mine, :used] = torch.randn(used, kv_heads, key_dim, generator=generator)
-            value[mine, :used] = torch.randn(used, kv_heads, value_dim, generator=generator)
-    firsts = [b * stride for b in range(batch)] if stride else np.cumsum([0, *tokens[:-1]]).tolist()
-    total = batch * stride if stride else sum(tokens)
-    query = torch.full((total, heads, key_dim), float("nan"))
-    for first, count in zip(firsts, tokens, strict=True):
-        query[first : first + count] = torch.randn(count, heads, key_dim, generator=generator) * size
-    most = max(2, -(-max(cached) // block) + 2)
-    ids = rng.integers(-1, most, (total, kv_heads, entries))
+    most = max(2, -(-max(cached) // sizes.block) + 2)
+    ids = rng.integers(-1, most, (len(parts.query), sizes.kv_heads, sizes.entries))
     ids[rng.random(ids.shape) < 0.2] = -1
     if garbage:
         ids = np.where(rng.random(ids.shape) < 0.4, rng.integers(-(2**31), 2**31 - 1, ids.shape), ids)
-    even = not stride and len(set(tokens)) == 1
-    rows = None if even else torch.tensor(list(zip(firsts, tokens, strict=True)), dtype=torch.int32)
-    tensors = (query.to(dtype), key.to(dtype), value.to(dtype))
-    indices = (torch.from_numpy(ids).int(), torch.from_numpy(table).int(), torch.tensor(cached, dtype=torch.int32))
-    return Problem(*tensors, *indices, rows, key_dim**-0.5, block)
+    return Problem(*parts[:3], torch.from_numpy(ids).int(), *parts[3:], sizes.key_dim**-0.5, sizes.block)
 
 
 def naive(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The operator once more, in other words than reference.py: token by token and head by head, in float64."""
-    query, key, value, ids, table, lengths, rows, scale, block = problem.doubled()
-    total, heads, _ = query.shape
-    group, page = heads // key.shape[2], key.shape[1]
-    output = torch.zeros(total, heads, value.shape[3], dtype=torch.float64)
-    lse = torch.full((total, heads), -math.inf, dtype=torch.float64)
-    each = total // len(lengths)
-    plan = [(b * each, each) for b in range(len(lengths))] if rows is None else rows.tolist()
-    for b, (first, count) in enumerate(plan):
-        for t in range(count):
-            seen = int(lengths[b]) - (count - 1 - t)
-            for h in range(heads):
-                tokens: list[int] = []
-                for i in ids[first + t, h // group].tolist():
-                    if 0 <= i < 2**20:
-                        tokens += range(i * block, min((i + 1) * block, seen))
-                if not tokens:
-                    continue
-                places = [(int(table[b, p // page]), p % page) for p in tokens]
-                keys = torch.stack([key[place][h // group] for place in places])
-                values = torch.stack([value[place][h // group] for place in places])
-                scores = keys @ query[first + t, h] * scale
-                output[first + t, h] = torch.softmax(scores, 0) @ values
-                lse[first + t, h] = torch.logsumexp(scores, 0)
-    return output, lse
+    def seen(row, visible, n):
+        tokens: list[int] = []
+        for i in problem.ids[row, n].tolist():
+            if 0 <= i < 2**20:
+                tokens += range(i * problem.block, min((i + 1) * problem.block, visible))
+        return tokens
+
+    return naive_attention(problem, seen)
 
 
 def assert_accurate(actual, problem: Problem) -> None:
-    """As good as eager PyTorch, against the reference in float64. Matrix units take the probabilities in the dtype of
-    the values, which costs as much again as rounding the output does; 2 x is then as close as random data tells."""
-    output, lse = actual
-    expected, expected_lse = reference.forward(*problem.doubled())
-    assert output.dtype == problem.query.dtype
-    assert lse.dtype == torch.float32
     terms = problem.query.shape[2] + problem.ids.shape[2] * problem.block
-    rounded, exact_lse = reference.forward(*problem)
-    eager, _ = reference.forward(*problem, precision=problem.query.dtype)
-    assert judge(output, eager, expected, terms=terms).ok, judge(output, eager, expected, terms=terms)
-    slack = math.sqrt(terms) * torch.finfo(torch.float32).eps
-    assert relative_rms(output, expected) <= 2 * relative_rms(rounded, expected) + slack
-    found = expected_lse.isfinite()
-    assert torch.equal(lse.isfinite(), found)
-    assert torch.equal(lse[~found], expected_lse[~found].float())
-    limit = judge(lse[found], exact_lse[found], expected_lse[found], terms=terms)
-    assert limit.ok, limit
+    assert_as_accurate_as_eager(actual, problem, reference.forward, terms)
+
+
+def own_arguments(problem: Problem) -> dict[str, Any]:
+    count = problem.ids.shape[2]
+    return {"topk_indices": problem.ids, "select_block_size": problem.block, "select_block_count": count}
+
+
+OP = PagedOp(
+    "select_attention_infer",
+    nsa_select_attention_infer,
+    make,
+    own_arguments,
+    reference.forward,
+    naive,
+    {"select_block_size": 24},
+)
 
 
 def assert_cann_close(actual: Tensor, golden: Tensor, precision: float = 1e-3) -> None:

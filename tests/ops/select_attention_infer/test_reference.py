@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_triton.ops._common import implementation
 from nsa_triton.ops.select_attention_infer import nsa_select_attention_infer, reference
 from tests.fuzzing import fuzzed
+from tests.ops.paged_reference import PagedLayouts, PagedReference, close, equal
 from tests.ops.select_attention_infer.cases import (
-    Problem,
+    OP,
     Sizes,
     assert_cann_close,
     every_impl,
@@ -26,10 +25,6 @@ from tests.ops.select_attention_infer.cases import (
 )
 
 SMALL = Sizes(heads=4, kv_heads=2, key_dim=6, value_dim=5, page=16, block=32, entries=3)
-
-
-def close(actual, expected, tolerance=1e-12):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("garbage", [False, True])
@@ -64,123 +59,36 @@ def test_any_problem_is_the_naive_formula(cached, extra, group, kv_heads, dims, 
     close(reference.forward(*problem), naive(problem))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_everything_is_float32_and_rounded_once(dtype):
-    problem = make(SMALL, [90, 33], [1, 1], dtype)
-    output, lse = reference.forward(*problem)
-    expected, expected_lse = naive(problem)
-    assert (output.dtype, lse.dtype) == (dtype, torch.float32)
-    torch.testing.assert_close(output.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+class TestReference(PagedReference):
+    op = OP
+    small = SMALL
 
 
-def public(problem: Problem, layout="TND", *, folded=False, impl="reference", **changes) -> Any:
-    """The same problem as a public call; `layout` with a batch dimension wants equally many rows for each batch."""
-    query, key, value, ids, table, lengths, rows, scale, block = problem
-    batch = len(lengths)
-    heads, kv_heads, count, page = query.shape[1], key.shape[2], ids.shape[2], key.shape[1]
-    if layout != "TND":
-        query, ids = query.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))
-    call: dict[str, Any] = {
-        "query": query.flatten(2) if layout == "BSH" else query,
-        "key": key.flatten(2) if folded else key,
-        "value": value.flatten(2) if folded else value,
-        "topk_indices": ids,
-        "scale_value": scale,
-        "head_num": heads,
-        "key_value_head_num": kv_heads,
-        "select_block_size": block,
-        "select_block_count": count,
-        "page_block_size": page,
-        "layout": layout,
-        "block_table": table,
-        "actual_seq_qlen": None if rows is None and layout != "TND" else qlens(problem),
-        "actual_seq_kvlen": lengths,
-        "return_lse": True,
-        "impl": impl,
-    }
-    return nsa_select_attention_infer(**call | changes)
-
-
-def qlens(problem):
-    batch = len(problem.lengths)
-    return [len(problem.query) // batch] * batch if problem.rows is None else problem.rows[:, 1].tolist()
+@every_impl
+class TestLayouts(PagedLayouts):
+    op = OP
+    small = SMALL
 
 
 @every_impl
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize(("tokens", "stride"), [([1, 1, 1], None), ([2, 2, 2], None), ([1, 3, 0], 3)])
-def test_layouts_agree(tokens, stride, folded, impl):
-    problem = make(SMALL, [50, 33, 64], tokens, stride=stride)
-    expected, expected_lse = reference.forward(*problem)
+def test_ids_without_a_dimension_of_tokens_and_in_int64_mean_the_same(folded, impl):
+    problem = make(SMALL, [50, 33, 64], [1, 1, 1])
+    expected = OP(problem, impl=impl)
     for layout in ("BSND", "BSH"):
-        output, lse = public(problem, layout, folded=folded, impl=impl)
-        shape = (3, len(problem.query) // 3)
-        assert output.shape == ((*shape, 4, 5) if layout == "BSND" else (*shape, 20))
-        assert lse.shape == (*shape, 4)
-        close(output.reshape(expected.shape), expected, 1e-5)
-        close(lse.flatten(0, 1), expected_lse, 1e-5)
-        assert output.is_contiguous()
-    if stride is None:
-        output, lse = public(problem, folded=folded, impl=impl)
-        close((output, lse), (expected, expected_lse), 1e-5)
-    if tokens == [1, 1, 1]:
-        three = public(problem, "BSND", topk_indices=problem.ids, folded=folded, impl=impl)
-        four = public(problem, "BSND", folded=folded, impl=impl)
-        assert all(torch.equal(a, b) for a, b in zip(three, four, strict=True))
-
-
-@every_impl
-def test_every_kind_of_length_list_and_index_means_the_same(impl):
-    problem = make(SMALL, [50, 33, 64], [1, 1, 1])
-    expected = public(problem, impl=impl)
-    for kind in (list, tuple, np.array, torch.tensor, lambda entries: torch.tensor(entries, dtype=torch.int32)):
-        actual = public(problem, impl=impl, actual_seq_kvlen=kind([50, 33, 64]), actual_seq_qlen=kind([1, 1, 1]))
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        three = OP(problem, layout, topk_indices=problem.ids, folded=folded, impl=impl)
+        assert equal(three, OP(problem, layout, folded=folded, impl=impl))
     big = torch.where(problem.ids < 0, -(2**40), problem.ids.long())
-    actual = public(problem, impl=impl, topk_indices=big, block_table=problem.table.long(), actual_seq_qlen=None)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert equal(OP(problem, impl=impl, topk_indices=big), expected)
     far = torch.where(problem.ids < 0, 2**32, problem.ids.long())  # block 0, if it were cut to 32 bits
-    assert torch.equal(public(problem, impl=impl, topk_indices=far)[0], expected[0])
+    assert torch.equal(OP(problem, impl=impl, topk_indices=far)[0], expected[0])
 
 
 @every_impl
-def test_strided_tensors_give_the_bits_of_dense_ones(impl):
-    problem = make(SMALL._replace(key_dim=16, value_dim=16), [50, 33, 64], [2, 1, 2])
-    expected = public(problem, impl=impl)
-
-    def wide(tensor, dimension):  # every second entry of the dimension, NaN between
-        other = torch.stack((tensor, torch.full_like(tensor, float("nan"))), dimension + 1)
-        return other.flatten(dimension, dimension + 1)[(slice(None),) * dimension + (slice(None, None, 2),)]
-
-    turned = {"key": problem.key.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)}
-    turned |= {"query": problem.query.permute(2, 1, 0).contiguous().permute(2, 1, 0)}
-    turned |= {"topk_indices": problem.ids.permute(2, 1, 0).contiguous().permute(2, 1, 0)}
-    turned |= {"block_table": problem.table.t().contiguous().t()}
-    for changes in (turned, *({name: wide(getattr(problem, name), d)} for name in ("key", "value") for d in (0, 1, 2))):
-        actual = public(problem, impl=impl, **changes)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), changes.keys()
-
-
-@every_impl
-def test_the_mask_is_ignored_and_numbers_of_numpy_are_scales(impl):
+def test_the_mask_is_ignored(impl):
     problem = make(SMALL, [50, 33], [1, 1])
-    expected = public(problem, impl=impl)[0]
-    assert torch.equal(public(problem, impl=impl, atten_mask=torch.ones(3, dtype=torch.bool))[0], expected)
-    assert torch.equal(public(problem, impl=impl, return_lse=False), expected)
-    twice = public(problem, impl=impl, scale_value=2)[0]
-    for scale in (2.0, np.float32(2), np.int64(2)):
-        assert torch.equal(public(problem, impl=impl, scale_value=scale)[0], twice)
-
-
-@every_impl
-def test_pages_are_dealt_in_order_without_a_block_table(impl):
-    problem = make(SMALL, [50, 33, 64], [1, 1, 1])
-    key, value = (torch.randn(14, *cache.shape[1:]) for cache in (problem.key, problem.value))
-    table = torch.arange(12).view(3, 4)  # the longest needs 4 pages
-    expected = public(problem, key=key, value=value, block_table=table, impl=impl)
-    actual = public(problem, key=key, value=value, block_table=None, impl=impl)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    mask = torch.ones(3, dtype=torch.bool)
+    assert equal(OP(problem, impl=impl, atten_mask=mask), OP(problem, impl=impl))
 
 
 # --- meaning ---------------------------------------------------------------------------------------------------------
@@ -191,7 +99,7 @@ def test_what_an_entry_of_the_list_means(impl):
     problem = make(SMALL._replace(entries=4), [70], [1], dtype=torch.float64 if impl == "reference" else torch.float32)
 
     def with_ids(*ids):
-        return public(problem, topk_indices=torch.tensor(ids, dtype=torch.int32).expand(1, 2, 4), impl=impl)
+        return OP(problem, topk_indices=torch.tensor(ids, dtype=torch.int32).expand(1, 2, 4), impl=impl)
 
     once = with_ids(0, 2, -1, -1)
     for same in ((-1, 0, -1, 2), (0, 2, 3, 4), (2**31 - 1, 0, 2, -(2**31)), (2, 0, -1, -1)):
@@ -208,9 +116,9 @@ def test_what_an_entry_of_the_list_means(impl):
 def test_each_kv_head_has_its_own_list(impl):
     problem = make(SMALL, [96], [1])
     ids = torch.tensor([[[0, 1, -1], [2, -1, -1]]], dtype=torch.int32)
-    output = public(problem, topk_indices=ids, impl=impl)[0]
+    output = OP(problem, topk_indices=ids, impl=impl)[0]
     for head in (0, 1):
-        alone = public(problem, topk_indices=ids[:, head : head + 1].expand(1, 2, 3), impl=impl)[0]
+        alone = OP(problem, topk_indices=ids[:, head : head + 1].expand(1, 2, 3), impl=impl)[0]
         close(output[:, 2 * head : 2 * head + 2], alone[:, 2 * head : 2 * head + 2], 1e-6)
 
 
@@ -218,11 +126,11 @@ def test_each_kv_head_has_its_own_list(impl):
 def test_a_query_token_sees_up_to_itself(impl):
     """Query token t of q on n tokens is the only query token of n - (q - 1 - t) tokens."""
     problem = make(SMALL, [65], [3])
-    output, lse = public(problem, impl=impl)
+    output, lse = OP(problem, impl=impl)
     for t, seen in enumerate((63, 64, 65)):
         alone = problem._replace(query=problem.query[t : t + 1], ids=problem.ids[t : t + 1])
         alone = alone._replace(lengths=torch.tensor([seen], dtype=torch.int32))
-        close(public(alone, impl=impl), (output[t : t + 1], lse[t : t + 1]), 1e-6)
+        close(OP(alone, impl=impl), (output[t : t + 1], lse[t : t + 1]), 1e-6)
 
 
 @every_impl
@@ -230,10 +138,10 @@ def test_a_query_token_sees_up_to_itself(impl):
 def test_a_bad_value_spoils_what_selects_it_and_nothing_else(bad, impl):
     problem = make(SMALL, [96, 96], [1, 1])
     ids = torch.tensor([[[0, 1, -1], [1, -1, -1]], [[0, 2, -1], [1, 2, -1]]], dtype=torch.int32)
-    clean = public(problem, topk_indices=ids, impl=impl)[0]
+    clean = OP(problem, topk_indices=ids, impl=impl)[0]
     value = problem.value.clone()
     value[problem.table[0, 0], 3, 0] = bad  # token 3 of batch 0, kv head 0
-    dirty = public(problem, topk_indices=ids, value=value, impl=impl)[0]
+    dirty = OP(problem, topk_indices=ids, value=value, impl=impl)[0]
     spoiled = torch.zeros_like(dirty, dtype=torch.bool)
     spoiled[0, :2] = True
     assert torch.equal(~dirty.isfinite(), spoiled)
@@ -288,18 +196,3 @@ def test_documentation_example(impl):
     assert output.shape == (1, 1, 512)
     expected = golden(query.view(1, 4, 192), key, value, ids, table, [82], 2.0, 64)
     assert_cann_close(output.view(1, 4, 128), expected)
-
-
-# --- the choice of the implementation --------------------------------------------------------------------------------
-
-
-def test_auto_takes_the_reference_for_float64_and_says_so_once(caplog):
-    implementation._say_once.cache_clear()
-    problem = make(SMALL, [50], [1], torch.float64)
-    with caplog.at_level(logging.WARNING, logger="nsa_triton"):
-        for _ in range(3):
-            output, lse = public(problem, impl="auto")
-    close(output, naive(problem)[0])
-    assert lse.dtype == torch.float32
-    assert "float64" in caplog.text
-    assert len(caplog.records) == 1

@@ -7,6 +7,7 @@ import torch
 
 from nsa_triton.ascend.toolchain import compilers
 from tests.compiling import CHIPS, VERSIONS, no_ascend, problems, reports
+from tests.ops.compiled import FirstCaseCompiles
 
 if reason := no_ascend():
     pytest.skip(reason, allow_module_level=True)
@@ -26,17 +27,9 @@ WORST = [
 ]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS)
-def test_the_shape_of_the_paper_compiles_without_problems(chip_name, version):
-    assert problems(launch, chip_name, version, COMPILES[:1]) == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS)
-def test_every_case_compiles_without_problems(chip_name, version):
-    assert problems(launch, chip_name, version, COMPILES) == {}
+class TestCompile(FirstCaseCompiles):
+    launch = launch
+    cases = COMPILES
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 
 from nsa_triton.ascend.toolchain import compilers
 from tests.compiling import CHIPS, VERSIONS, no_ascend, problems, reports
+from tests.ops.compiled import CasesCompile, ConfigsCompile
 
 if reason := no_ascend():
     pytest.skip(reason, allow_module_level=True)
@@ -24,22 +25,10 @@ WORST = [
 ]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS)
-def test_every_case_compiles_without_problems(chip_name, version):
-    assert problems(launch, chip_name, version, COMPILES) == {}
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_every_shipped_config_compiles_without_problems(version):
-    assert problems(launch, CHIPS[0], version, WORST) == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("chip_name", CHIPS[1:])
-def test_every_shipped_config_compiles_for_the_other_chips(chip_name, version):
-    assert problems(launch, chip_name, version, WORST) == {}
+class TestCompile(CasesCompile, ConfigsCompile):
+    launch = launch
+    cases = COMPILES
+    worst = WORST
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
-from nsa_triton.ops.sliding_window_attention_infer import reference
-from tests.dtypes import DTYPES, shapes_in_dtypes
+from tests.dtypes import shapes_in_dtypes
 from tests.fuzzing import fuzzed
-from tests.ops.sliding_window_attention_infer.cases import Problem, Sizes, assert_accurate, make
+from tests.ops.paged_runs import PagedKernels, assert_as_the_reference, assert_nothing_behind, ragged_batches
+from tests.ops.sliding_window_attention_infer.cases import OP, Problem, Sizes, assert_accurate, make
 
 pytest.importorskip("triton", reason="kernels need a Triton: triton-ascend for cpu and npu, triton for cuda")
 
@@ -59,11 +58,9 @@ def test_any_window_on_any_page(window, page, device):
 @pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES[:4], OWN, strict=False)), ids=str)
 def test_rows_behind_the_query_tokens_are_zero(shape, dtype, device):
     problem = make(*shape, dtype, stride=5).to(device)
-    output, lse = run(problem)
-    assert_accurate((output, lse), problem)
-    for first, count in problem.rows.tolist():
-        assert not output[first + count : first + 5].any()
-        assert (lse[first + count : first + 5] == -torch.inf).all()
+    found = run(problem)
+    assert_accurate(found, problem)
+    assert_nothing_behind(found, problem.rows, 5)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -76,14 +73,14 @@ def test_garbage_that_is_not_needed_changes_nothing(shape, dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(found, run(usual), strict=True))
 
 
-@pytest.mark.usefixtures("poisoned")
-def test_any_page_id_reads_some_page(device):
-    """Page ids that are needed and not in the cache give the nearest page, as the reference says."""
-    problem = make(*SHAPES[3], torch.float32)
-    problem = problem._replace(key=problem.key.nan_to_num(0.5), value=problem.value.nan_to_num(0.5))
-    table = torch.where(problem.table % 2 == 0, problem.table, problem.table * 1_000_003 - 7)
-    problem = problem._replace(table=table.int()).to(device)
-    assert_accurate(run(problem), problem)
+class TestPagedKernels(PagedKernels):
+    op = OP
+    run = staticmethod(launch.forward)
+    assert_accurate = staticmethod(assert_accurate)
+    shapes = SHAPES
+    dtypes = OWN
+    wide = Sizes(16, 2, 64, 32, 64, 300)
+    narrow = Sizes(4, 2, 16, 16, 16, 50)
 
 
 def test_lengths_beyond_the_block_table_read_no_other_memory(device):
@@ -91,51 +88,6 @@ def test_lengths_beyond_the_block_table_read_no_other_memory(device):
     problem = problem._replace(key=problem.key.nan_to_num(0.5), value=problem.value.nan_to_num(0.5))
     problem = problem._replace(lengths=torch.tensor([-5, 10_000, 2**30, 200], dtype=torch.int32)).to(device)
     assert_accurate(run(problem), problem)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [20.0, 200.0])
-def test_big_scores(size, dtype, device):
-    """Scores of about +-200, and far beyond, where all weight is on one token."""
-    problem = make(Sizes(16, 2, 64, 32, 64, 300), (500, 77), (1, 1), dtype, size=size).to(device)
-    assert_accurate(run(problem), problem)
-
-
-@pytest.mark.parametrize("score", [-200.0, 200.0])
-def test_equal_big_scores_average(score, device):
-    problem = make(Sizes(4, 2, 16, 16, 16, 50), (70,), (1,), torch.float32).to(device)
-    problem = problem._replace(
-        query=torch.ones_like(problem.query), key=torch.full_like(problem.key, score / 16), scale=1.0
-    )
-    output, lse = run(problem)
-    expected, expected_lse = reference.forward(*problem.doubled())
-    # log-sum-exps of +-200 have 16 bits behind the point, and they weigh the splits of the window
-    torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=0)
-    assert (lse.abs() > 190).all()
-
-
-def test_results_are_bit_identical_on_repeat_and_with_any_number_of_threads(device):
-    problems = [make(*shape, dtype).to(device) for shape, dtype in zip(SHAPES, OWN, strict=True)]
-    once = [run(problem) for problem in problems]
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 3, threads):
-            torch.set_num_threads(number)
-            for problem, expected in zip(problems, once, strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(run(problem), expected, strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_a_batch_does_not_depend_on_the_others(device):
-    """But for the order of summation: one batch alone is cut into more splits."""
-    problem = make(Sizes(4, 2, 32, 32, 16, 40), (90, 5, 64), (1, 1, 1), torch.float32).to(device)
-    output, lse = run(problem)
-    for b in range(3):
-        one = slice(b, b + 1)
-        alone = problem._replace(query=problem.query[one], table=problem.table[one], lengths=problem.lengths[one])
-        torch.testing.assert_close(run(alone), (output[one], lse[one]), rtol=1e-5, atol=1e-5)
 
 
 # Few kernels: heads, page, window and head sizes are compiled in, and so is the number of splits.
@@ -146,21 +98,9 @@ FUZZED = [
 ]
 
 
-@st.composite
-def any_problem(draw):
-    sizes, dtype = draw(st.sampled_from(FUZZED))
-    batch = draw(st.integers(1, 4))
-    cached = draw(st.lists(st.integers(0, 300), min_size=batch, max_size=batch))
-    tokens = [draw(st.integers(0, min(4, length))) for length in cached]
-    stride = max(1, *tokens) if draw(st.booleans()) else None
-    if not stride and not any(tokens):
-        tokens, cached = [1] * batch, [length + 1 for length in cached]
-    return (sizes, cached, tokens, dtype, draw(st.integers(0, 999))), {"stride": stride, "garbage": draw(st.booleans())}
-
-
 @pytest.mark.usefixtures("one_thread")
 @fuzzed(200)
-@given(call=any_problem())
+@given(call=ragged_batches(FUZZED))
 def test_any_ragged_batch(call, device):
     check_batch(call, device)
 
@@ -168,15 +108,11 @@ def test_any_ragged_batch(call, device):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @fuzzed(1000)
-@given(call=any_problem())
+@given(call=ragged_batches(FUZZED))
 def test_many_more_ragged_batches(call, device):
     check_batch(call, device)
 
 
 def check_batch(call, device) -> None:
     problem = make(*call[0], **call[1]).to(device)
-    output, lse = run(problem)
-    expected, expected_lse = reference.forward(*problem.doubled())
-    eps = torch.finfo(output.dtype).eps
-    torch.testing.assert_close(output.double(), expected, rtol=4 * eps, atol=max(4 * eps, 2e-6))
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert_as_the_reference(run(problem), OP, problem)

@@ -9,9 +9,8 @@ import torch
 
 from nsa_triton.ascend.toolchain import front_end_problem
 from nsa_triton.ops.sliding_window_attention_infer import reference
-from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import target_of
-from tests.guard import run_guarded
+from tests.ops.launches import assert_guarded
 from tests.ops.sliding_window_attention_infer.cases import Sizes, make
 
 if front_end_problem() is not None:
@@ -20,7 +19,7 @@ if front_end_problem() is not None:
 from nsa_triton.ops._common.paged_launch import call_on
 from nsa_triton.ops.sliding_window_attention_infer import launch
 
-CPU = torch.device("cpu")
+TARGET = target_of(torch.device("cpu"))
 # Tails everywhere: heads of a group, columns, pages, windows. One and several splits; packed and ragged rows.
 SHAPES: list[Any] = [
     (Sizes(3, 1, 18, 5, 16, 48), (33,), (1,)),
@@ -32,35 +31,14 @@ SHAPES: list[Any] = [
 
 def plans(problem):
     """The launches of a call."""
-    return launch.plan_launches(target_of(CPU), call_on(*problem[:7]), problem.window)
-
-
-def assert_guarded(problem, side, harmless=None):
-    """Every tensor of every launch ends (or begins) at a page that faults when touched.
-
-    `harmless` is a problem of the same shapes: what this process runs, to compile, where `problem` might do damage.
-    """
-    target = target_of(CPU)
-    launches = plans(problem)
-    for planned, compiled in zip(launches, plans(harmless) if harmless else launches, strict=True):
-        compiled.run(target, CPU)  # outside of the guarded child; it fills what the next launch reads
-        tensors = {name: value for name, value in planned.arguments.items() if isinstance(value, torch.Tensor)}
-        numbers = {name: value for name, value in planned.arguments.items() if name not in tensors}
-
-        def guarded(planned=planned, numbers=numbers, **tensors):
-            arguments = {name: tensors.get(name, numbers.get(name)) for name in planned.arguments}
-            Launch(planned.kernel, planned.programs, arguments, planned.constexprs).run(target, CPU)
-
-        after = run_guarded(guarded, tensors, side)
-        for name in tensors if harmless is None else ():
-            torch.testing.assert_close(after[name], tensors[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    return launch.plan_launches(TARGET, call_on(*problem[:7]), problem.window)
 
 
 @pytest.mark.parametrize("side", ["after", "before"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_stay_inside_their_tensors(shape, dtype, side):
-    assert_guarded(make(shape[0], shape[1], shape[2], dtype, garbage=True), side)
+    assert_guarded(plans(make(shape[0], shape[1], shape[2], dtype, garbage=True)), TARGET, side)
 
 
 @pytest.mark.parametrize("side", ["after", "before"])
@@ -72,7 +50,7 @@ def test_garbage_in_every_index_leads_nowhere_else(length, side):
         table = torch.tensor([-(2**31), 2**31 - 1, -1, problem.key.shape[0]], dtype=torch.int32)
         table = table[torch.arange(problem.table.numel()) % 4].view(problem.table.shape)
         lengths = torch.full_like(problem.lengths, length)
-        assert_guarded(problem._replace(table=table, lengths=lengths), side, harmless=problem)
+        assert_guarded(plans(problem._replace(table=table, lengths=lengths)), TARGET, side, harmless=plans(problem))
 
 
 ROWS = [[[-3, 2], [9, 4]], [[0, 2**31 - 1], [1, 1]], [[2**31 - 1, 1], [-(2**31), 5]], [[2, -4], [1, 2**30]]]
@@ -83,7 +61,8 @@ ROWS = [[[-3, 2], [9, 4]], [[0, 2**31 - 1], [1, 1]], [[2**31 - 1, 1], [-(2**31),
 def test_garbage_in_the_rows_leads_nowhere_else(rows, side):
     """Query lengths on the device are not read back, so that they may add up to anything."""
     problem = make(SHAPES[2][0], (64, 9), (2, 1), torch.float32)
-    assert_guarded(problem._replace(rows=torch.tensor(rows, dtype=torch.int32)), side, harmless=problem)
+    wild = problem._replace(rows=torch.tensor(rows, dtype=torch.int32))
+    assert_guarded(plans(wild), TARGET, side, harmless=plans(problem))
 
 
 def test_offsets_beyond_two_to_the_31_elements():
