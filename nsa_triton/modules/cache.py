@@ -55,8 +55,8 @@ class Step:
 
     def __init__(self, cache: NSACache, rows: list[Row], fresh: list[int] | None) -> None:
         self.cache, self.fresh = cache, fresh
-        self.tokens, self.most = _layout(rows)[1:]
         self._layout = _layout(rows)
+        _, self.tokens, self.most = self._layout
         shapes = {
             "table": (len(rows), cache.columns), "lengths": (len(rows),), "windows": (len(rows),),
             "counts": (len(rows),), "window_slots": (len(rows),), "slots": (self.tokens,), "positions": (self.tokens,),
@@ -67,6 +67,7 @@ class Step:
         self._fields: dict[str, Tensor] = {
             name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)
         }
+        self._places = torch.empty((2, self.tokens), dtype=torch.int64, device=cache.device)
         self._fill(rows)
 
     def check(self, rows: list[Row]) -> None:
@@ -83,6 +84,9 @@ class Step:
 
     def _fill(self, rows: list[Row]) -> None:
         self._buffer.copy_(torch.from_numpy(self.cache.tables(rows)))
+        # Of 64 bits, as indexing and embeddings want them: once per step instead of once per layer.
+        for place, name in zip(self._places, ("slots", "positions"), strict=True):
+            place.copy_(self._fields[name])
 
     @property
     def table(self) -> Tensor:
@@ -112,12 +116,12 @@ class Step:
     @property
     def slots(self) -> Tensor:
         """[tokens] where each new token goes."""
-        return self._fields["slots"]
+        return self._places[0]
 
     @property
     def positions(self) -> Tensor:
         """[tokens] the place of each new token in its sequence: what rotary embeddings want."""
-        return self._fields["positions"]
+        return self._places[1]
 
 
 class NSACache:
@@ -312,10 +316,10 @@ class NSACache:
     ) -> None:
         """Put the new keys [T, N2, Dk] and values [T, N2, Dv] of a layer into its pages, and compress the windows that
         they complete. The modules do this themselves."""
-        config, slots = self.config, step.slots.long()
+        config = self.config
         caches = ((self.keys, self.compressed_keys), (self.values, self.compressed_values))
         for (raw, compressed), tokens, weight in zip(caches, (key, value), (key_weight, value_weight), strict=True):
-            raw[layer].flatten(0, 1).index_copy_(0, slots, tokens.detach().to(raw.dtype))
+            raw[layer].flatten(0, 1).index_copy_(0, step.slots, tokens.detach().to(raw.dtype))
             nsa_compress_infer(
                 raw[layer],
                 weight.detach().to(raw.dtype),

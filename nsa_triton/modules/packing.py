@@ -84,7 +84,7 @@ class Packing:
     def positions(self, device: torch.device) -> Tensor:
         """[T] the place of each token in its sequence."""
         if self.step is not None:
-            return self.step.positions.long()
+            return self.step.positions
         parts = [torch.arange(end - begin) for begin, end in pairwise(self.cu_seqlens or (0,))]
         return torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.long, device=device)
 
