@@ -139,7 +139,7 @@ class Decoding:
     """Both layers after the same prompt, one token after the other."""
 
     def __init__(self, layers: Layers, prompt: int, room: int) -> None:
-        self.layers, self.prompt = layers, prompt
+        self.layers = layers
         self.hidden = layers.tokens(SEQUENCES, prompt + room)
         self.place = {OURS: prompt, DENSE: prompt}
         weight, most = layers.ours.key_weight, prompt + room

@@ -75,8 +75,8 @@ class NSAConfig:
         _check("num_init_blocks", self.num_init_blocks, 0)
         _check("num_local_blocks", self.num_local_blocks, 1)
         forced = self.num_init_blocks + self.num_local_blocks
-        if self.select_block_count < max(1, forced):
-            expected = f"at least {max(1, forced)}, the forced blocks (num_init_blocks + num_local_blocks)"
+        if self.select_block_count < forced:
+            expected = f"at least {forced}, the forced blocks (num_init_blocks + num_local_blocks)"
             raise ArgumentValueError("select_block_count", expected, self.select_block_count)
 
     @property
