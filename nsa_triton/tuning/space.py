@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,6 @@ from nsa_triton.ascend.chips import Chip
 FLOAT = 4  # bytes
 Sizes = Mapping[str, int]
 Options = Mapping[str, Any]
-Rule = Callable[[Sizes], bool]
 
 SMALL = (16, 32, 48, 64, 96, 128)
 MIDDLE = (*SMALL, 192, 256)
@@ -56,7 +55,6 @@ class Space:
     tiles: Mapping[str, tuple[int, ...]]
     times: tuple[str, ...] = ()
     npu_options: tuple[Options, ...] = VECTOR_OPTIONS
-    rule: Rule = field(default=lambda tiles: True)  # a relation between tiles
 
     @property
     def timed(self) -> tuple[str, ...]:
@@ -66,15 +64,15 @@ class Space:
         return {"npu": self.npu_options, "cuda": CUDA_OPTIONS}.get(kind, ({},))
 
     def candidates(self, kind: str = "npu") -> Iterator[dict[str, int]]:
-        """All tiles that keep the rule; on a GPU, powers of two."""
+        """All tiles; on a GPU, powers of two."""
         for sizes in itertools.product(*self.tiles.values()):
             tiles = dict(zip(self.tiles, sizes, strict=True))
-            if self.rule(tiles) and (kind != "cuda" or all(size & (size - 1) == 0 for size in sizes)):
+            if kind != "cuda" or all(size & (size - 1) == 0 for size in sizes):
                 yield tiles
 
 
-def _mixed(kernel: str, rule: Rule = lambda tiles: True, times: tuple[str, ...] = (), **tiles: Any) -> Space:
-    return Space(kernel, tiles, (kernel, *times) if times else (), MIXED_OPTIONS, rule)
+def _mixed(kernel: str, times: tuple[str, ...] = (), **tiles: Any) -> Space:
+    return Space(kernel, tiles, (kernel, *times) if times else (), MIXED_OPTIONS)
 
 
 _SUM_PARTS = Space("sum_parts", {"BP": (16, 32, 64), "BE": (64, 128, 256, 512, 1024)})
@@ -93,16 +91,13 @@ SPACES: Mapping[str, tuple[Space, ...]] = MappingProxyType(
         ),
         "compress_infer": (Space("compress_infer", {"BD": MIDDLE}),),
         "compress_attention": (
-            _mixed("attention_fwd", lambda t: t["BE"] <= t["BN"], BQ=SMALL, BN=MIDDLE, BE=MIDDLE),
+            _mixed("attention_fwd", BQ=SMALL, BN=MIDDLE),
             # The layout of the scores is what the choice of blocks reads.
             _mixed("compress_attention_scores", times=("compress_attention_choose",), BQ=SMALL, BN=MIDDLE),
             Space("compress_attention_choose", {"BR": SMALL, "BC": MIDDLE}),
             Space("attention_terms", {"BQ": LARGE}),
-            _mixed("attention_dq", lambda t: t["BE"] <= t["BN"], BQ=SMALL, BN=MIDDLE, BE=MIDDLE),
-            _mixed(
-                "attention_dkv", lambda t: t["BQ"] % t["BE"] == 0, ("sum_parts",),
-                BQ=MIDDLE, BN=SMALL, BE=SMALL,
-            ),
+            _mixed("attention_dq", BQ=SMALL, BN=MIDDLE),
+            _mixed("attention_dkv", times=("sum_parts",), BQ=MIDDLE, BN=SMALL),
             _SUM_PARTS,
         ),
         "compress_attention_infer": (
@@ -225,10 +220,10 @@ NEEDS: Mapping[str, Callable[[Sizes, int], Needs]] = MappingProxyType(
         "compress_bwd_dx": lambda c, size: Needs(ub=vector_tiles((c["BC"] * c["BS"], c["BD"]))),
         "compress_bwd_dw": lambda c, size: Needs(ub=c["BR"] * c["BD"] * size),
         "sum_parts": lambda c, size: Needs(ub=vector_tiles((c["BP"], c["BE"]))),
-        "attention_fwd": lambda c, size: _attention(c["BQ"], max(c["BN"], c["BE"]), c, size),
+        "attention_fwd": lambda c, size: _attention(c["BQ"], c["BN"], c, size),
         "compress_attention_scores": _scores,
-        "attention_dq": lambda c, size: _query_grad(c["BQ"], max(c["BN"], c["BE"]), c, size),
-        "attention_dkv": lambda c, size: _key_grads(max(c["BQ"], c["BE"]), c["BN"], c, size),
+        "attention_dq": lambda c, size: _query_grad(c["BQ"], c["BN"], c, size),
+        "attention_dkv": lambda c, size: _key_grads(c["BQ"], c["BN"], c, size),
         "compress_attention_split": lambda c, size: _attention(c["BQ"] * c["BH"], c["BN"], c, size),
         "select_attention_fwd": lambda c, size: _attention(c["BR"], c["BN"], c, size),
         "select_attention_dq": lambda c, size: _query_grad(c["BR"], c["BN"], c, size),

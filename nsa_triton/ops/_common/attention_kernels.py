@@ -9,9 +9,9 @@ stands for L raw tokens, and two of them are D raw tokens apart. With CAUSAL, th
 sees the keys that end at t or before, i D + L - 1 <= t. With SLIDES too, where L = D = 1, it sees the last `window` of
 these.
 
-The rows of a tile are BQ query tokens of one head. Tiles of keys that all rows see come first, without any masking;
-then those that some rows see; those that none sees are not visited. With BE = BN all tiles are masked: one loop needs
-half the on-chip memory of two, so that its tiles may be larger. That is the only way with SLIDES.
+The rows of a tile are BQ query tokens of one head. Tiles of keys that no row sees are not visited, and only those that
+some rows see, and others do not, are masked: behind a branch in the loop, because a second loop would need its own
+on-chip memory, and the first then has smaller tiles.
 """
 
 import triton
@@ -56,6 +56,27 @@ def seen_by_rows(o_q, i_t, n_key, L: tl.constexpr, D: tl.constexpr, CAUSAL: tl.c
         b_seen = tl.maximum(b_seen, 0.0, tl.PropagateNan.ALL)
         return tl.minimum(b_seen, n_key * 1.0, tl.PropagateNan.ALL)
     return o_q * 0.0 + n_key * 1.0
+
+
+@triton.jit
+def sight(i_t, n_t, n_key, window, L: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, SLIDES: tl.constexpr):
+    """The keys that some of the n_t query tokens from position i_t on see, from the first to behind the last; and those
+    that all of them see, likewise."""
+    n_some = seen_by(i_t + n_t - 1, n_key, L, D, CAUSAL)
+    n_shared = seen_by(i_t, n_key, L, D, CAUSAL)
+    i_some, i_shared = 0, 0
+    if SLIDES:
+        i_some = tl.maximum(i_t - (window - 1), 0)
+        i_shared = i_t + n_t - window
+    return i_some, n_some, i_shared, n_shared
+
+
+@triton.jit
+def sees(b_column, b_ahead, b_seen, i_t, i_i, window, SLIDES: tl.constexpr):
+    """[BQ, BN] whether each query token from position i_t on sees each key from i_i on."""
+    if SLIDES:
+        return (b_ahead > (i_t - i_i - window) * 1.0) & (b_ahead <= (i_t - i_i) * 1.0)
+    return b_column < (b_seen - i_i * 1.0)[:, None]
 
 
 @triton.jit
@@ -104,7 +125,6 @@ def attention_fwd(
     W: tl.constexpr,  # numbers to a statistic; 0: the log-sum-exp is the only result beside o
     BQ: tl.constexpr,
     BN: tl.constexpr,
-    BE: tl.constexpr,  # keys in a tile that some rows do not see all of
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
@@ -114,9 +134,8 @@ def attention_fwd(
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    o_e = tl.arange(0, BE)
-    # [BQ, BE] numbers of keys; their differences to those of query tokens
-    b_column = tl.zeros([BQ, BE], tl.float32) + o_e.to(tl.float32)[None, :]
+    # [BQ, BN] numbers of keys; their differences to those of query tokens
+    b_column = tl.zeros([BQ, BN], tl.float32) + o_n.to(tl.float32)[None, :]
     b_ahead = b_column - o_q.to(tl.float32)[:, None]
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_h = i_item % N1
@@ -130,30 +149,17 @@ def attention_fwd(
         b_m = tl.full([BQ], NO_SCORE, tl.float32)
         b_z = tl.zeros([BQ], tl.float32)
         b_o = tl.zeros([BQ, BV], tl.float32)
-        i_edge = 0
-        if SLIDES:
-            i_edge = tl.maximum(i_t - (window - 1), 0)  # none of those before is seen
-        elif BE < BN and not HIDES:
-            i_edge = seen_by(i_t, n_key, L, D, CAUSAL) // BN * BN
-            for i_i in range(0, i_edge, BN):
-                b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, BN, DK)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-                b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, BN, DV)
-                b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
-        n_end = seen_by(i_t + n_t - 1, n_key, L, D, CAUSAL)
+        i_first, n_end, i_shared, n_shared = sight(i_t, n_t, n_key, window, L, D, CAUSAL, SLIDES)
         # [BQ]
         b_seen = seen_by_rows(o_q.to(tl.float32), i_t, n_key, L, D, CAUSAL)
-        for i_i in range(i_edge, n_end, BE):
-            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_e, o_k, k_t, n_end - i_i, DK)
+        for i_i in range(i_first, n_end, BN):
+            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, n_end - i_i, DK)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-            if SLIDES:
-                m_seen = (b_ahead > (i_t - i_i - window) * 1.0) & (b_ahead <= (i_t - i_i) * 1.0)
-            else:
-                m_seen = b_column < (b_seen - i_i * 1.0)[:, None]
-            b_s = tl.where(m_seen, b_s, MASKED)
+            if (i_i < i_shared) | (i_i + BN > n_shared):
+                b_s = tl.where(sees(b_column, b_ahead, b_seen, i_t, i_i, window, SLIDES), b_s, MASKED)
             if HIDES:
-                b_s = tl.where(hidden(mask, i_t, i_i, o_q, o_e, n_t, n_end, m_t) > 0.0, MASKED, b_s)
-            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_e, o_v, v_t, n_end - i_i, DV)
+                b_s = tl.where(hidden(mask, i_t, i_i, o_q, o_n, n_t, n_end, m_t) > 0.0, MASKED, b_s)
+            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, n_end - i_i, DV)
             b_m, b_z, b_o = softmax_step(b_s, b_m, b_z, b_o, b_v)
         m_t_ = o_q < n_t
         b_some = b_z > 0.0
@@ -262,7 +268,6 @@ def attention_dq(
     HIDES: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
-    BE: tl.constexpr,  # keys in a tile that some rows do not see all of
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
@@ -270,11 +275,10 @@ def attention_dq(
 ):
     o_q = tl.arange(0, BQ)
     o_n = tl.arange(0, BN)
-    o_e = tl.arange(0, BE)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    # [BQ, BE] numbers of keys; their differences to those of query tokens
-    b_column = tl.zeros([BQ, BE], tl.float32) + o_e.to(tl.float32)[None, :]
+    # [BQ, BN] numbers of keys; their differences to those of query tokens
+    b_column = tl.zeros([BQ, BN], tl.float32) + o_n.to(tl.float32)[None, :]
     b_ahead = b_column - o_q.to(tl.float32)[:, None]
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_h = i_item % N1
@@ -288,35 +292,23 @@ def attention_dq(
         p_k = k + i_key * k_t + i_n * k_n
         p_v = v + i_key * v_t + i_n * v_n
         b_dq = tl.zeros([BQ, BK], tl.float32)
-        # At least one tile is masked: the accumulator of a loop that never runs holds what was there before. The rounds
-        # of both loops count from 0: ascendnpu-ir 1.0.0 does not survive such products in others.
-        i_edge = 0
-        if SLIDES:
-            i_edge = tl.maximum(i_t - (window - 1), 0)
-        elif BE < BN and not HIDES:
-            i_edge = tl.maximum(seen_by(i_t, n_key, L, D, CAUSAL) - 1, 0) // BN * BN
-        n_end = tl.maximum(seen_by(i_t + n_t - 1, n_key, L, D, CAUSAL), 1)
+        # At least one tile, because the accumulator of a loop that never runs holds what was there before. The rounds
+        # count from 0: ascendnpu-ir 1.0.0 does not survive such products in others.
+        i_first, n_end, i_shared, n_shared = sight(i_t, n_t, n_key, window, L, D, CAUSAL, SLIDES)
+        n_end = tl.maximum(n_end, 1)
         # [BQ]
         b_seen = seen_by_rows(o_q.to(tl.float32), i_t, n_key, L, D, CAUSAL)
-        for i_step in range(0, (n_end - i_edge + BE - 1) // BE):
-            i_i = i_edge + i_step * BE
-            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_e, o_k, k_t, n_end - i_i, DK)
-            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_e, o_v, v_t, n_end - i_i, DV)
+        for i_step in range(0, (n_end - i_first + BN - 1) // BN):
+            i_i = i_first + i_step * BN
+            b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, n_end - i_i, DK)
+            b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, n_end - i_i, DV)
             b_p, b_slope = weights_and_slopes(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], scale)
-            if SLIDES:
-                m_seen = (b_ahead > (i_t - i_i - window) * 1.0) & (b_ahead <= (i_t - i_i) * 1.0)
-            else:
-                m_seen = b_column < (b_seen - i_i * 1.0)[:, None]
-            b_ds = tl.where(m_seen, b_p * b_slope, 0.0)
+            b_ds = b_p * b_slope
+            if (i_i < i_shared) | (i_i + BN > n_shared):
+                b_ds = tl.where(sees(b_column, b_ahead, b_seen, i_t, i_i, window, SLIDES), b_ds, 0.0)
             if HIDES:
-                b_ds = tl.where(hidden(mask, i_t, i_i, o_q, o_e, n_t, n_end, m_t) > 0.0, 0.0, b_ds)
+                b_ds = tl.where(hidden(mask, i_t, i_i, o_q, o_n, n_t, n_end, m_t) > 0.0, 0.0, b_ds)
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
-        if BE < BN and not HIDES:
-            for i_i in range(0, i_edge, BN):
-                b_k = load_rows(p_k + i_i.to(tl.int64) * k_t, o_n, o_k, k_t, BN, DK)
-                b_v = load_rows(p_v + i_i.to(tl.int64) * v_t, o_n, o_v, v_t, BN, DV)
-                b_p, b_slope = weights_and_slopes(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], scale)
-                b_dq += tl.dot((b_p * b_slope).to(b_k.dtype), b_k, input_precision="ieee")
         p_dq = dq + (i_row * N1 + i_h) * DK + o_q[:, None] * (N1 * DK) + o_k[None, :]
         tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=(o_q < n_t)[:, None] & (o_k < DK)[None, :])
 
@@ -357,20 +349,18 @@ def attention_dkv(
     HIDES: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
-    BE: tl.constexpr,  # query tokens in a tile of which some do not see all; divides BQ
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
     o_q = tl.arange(0, BQ)
-    o_e = tl.arange(0, BE)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    # [BN, BE] numbers of keys; their differences to those of query tokens
-    b_number = tl.zeros([BN, BE], tl.float32) + o_n.to(tl.float32)[:, None]
-    b_ahead = b_number - o_e.to(tl.float32)[None, :]
+    # [BN, BQ] numbers of keys; their differences to those of query tokens
+    b_number = tl.zeros([BN, BQ], tl.float32) + o_n.to(tl.float32)[:, None]
+    b_ahead = b_number - o_q.to(tl.float32)[None, :]
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_split = i_item % n_splits
         i_n = i_item // n_splits % N2
@@ -383,70 +373,47 @@ def attention_dkv(
         if SLIDES:  # the query tokens that see some key of the tile, one at least
             n_query = tl.minimum(n_query, tl.maximum(i_i + n_i - 1 + window, 1))
             i_from = tl.maximum(i_i, 0)
-        # Edge tiles of BE query tokens: the first that sees some token; the first from which on all see all, where a
-        # whole tile of BQ begins; the one behind the last whole tile of BQ; and the end.
-        n_end = (n_query - i_from + BE - 1) // BE
-        n_first, n_all, n_whole = 0, n_end, n_end
-        if CAUSAL and not SLIDES:
-            n_first = tl.minimum((i_i * D + L - 1) // BE, n_end)
-        if BE < BQ and not HIDES:
-            n_all, n_whole = n_first, n_query // BQ * (BQ // BE)
-            if CAUSAL:
-                n_all = ((i_i + n_i - 1) * D + L - 1 + BQ - 1) // BQ * (BQ // BE)
-                n_all = tl.minimum(n_all, n_end)
-            n_whole = tl.maximum(n_whole, n_all)
-        # Masked are those in [n_first, n_all) and in [n_whole, n_end), each with all heads.
-        n_masked = (n_all - n_first + n_end - n_whole) * G
+        elif CAUSAL:
+            i_from = tl.minimum((i_i * D + L - 1) // BQ, (n_query + BQ - 1) // BQ) * BQ
+        n_steps = (n_query - i_from + BQ - 1) // BQ * G
+        i_begin = n_steps * i_split // n_splits
+        n_steps = n_steps * (i_split + 1) // n_splits - i_begin
         # At least one step: the accumulators of a loop that never runs hold what was there before.
-        i_masked = n_masked * i_split // n_splits
-        n_masked = n_masked * (i_split + 1) // n_splits - i_masked
-        for i_round in range(0, tl.maximum(n_masked, 1)):
-            i_step = i_masked + i_round
-            i_tile = n_first + i_step // G
-            i_tile = tl.where(i_tile < n_all, i_tile, i_tile - n_all + n_whole)
-            i_t = i_from + i_tile * BE
-            n_t = tl.minimum(n_query - i_t, BE)
-            n_t = tl.where(i_round < n_masked, n_t, 0)
+        for i_round in range(0, tl.maximum(n_steps, 1)):
+            i_step = i_begin + i_round
+            i_t = i_from + i_step // G * BQ
+            n_t = tl.minimum(n_query - i_t, BQ)
+            n_t = tl.where(i_round < n_steps, n_t, 0)
             n_load = tl.maximum(n_t, 1)
             i_h = i_n * G + i_step % G
             i_q = tl.minimum(i_query + i_t, i_query + n_query - 1)
-            b_q = load_rows(q + i_q * q_t + i_h * q_h, o_e, o_k, q_t, n_load, DK)
-            b_g = load_rows(g + i_q * g_t + i_h * g_h, o_e, o_v, g_t, n_load, DV)
+            b_q = load_rows(q + i_q * q_t + i_h * q_h, o_q, o_k, q_t, n_load, DK)
+            b_g = load_rows(g + i_q * g_t + i_h * g_h, o_q, o_v, g_t, n_load, DV)
             i_term = i_h.to(tl.int64) * T + i_q
-            b_lse = tl.load(lse + i_term + o_e, mask=o_e < n_t, other=NEVER)
-            b_delta = tl.load(delta + i_term + o_e, mask=o_e < n_t, other=0.0)
-            # [BE] tokens of the tile that each row sees, or the last of them; rows that do not exist see nothing
-            m_row = o_e.to(tl.float32) < n_t * 1.0
-            if SLIDES:
-                b_last = tl.where(m_row, (i_t - i_i) * 1.0, MASKED)
-                m_seen = (b_ahead > (i_t - i_i - window) * 1.0) & (b_ahead <= b_last[None, :])
-            else:
-                b_seen = seen_by_rows(o_e.to(tl.float32), i_t, n_key, L, D, CAUSAL) - i_i * 1.0
-                m_seen = b_number < tl.where(m_row, b_seen, 0.0)[None, :]
+            b_lse = tl.load(lse + i_term + o_q, mask=o_q < n_t, other=NEVER)
+            b_delta = tl.load(delta + i_term + o_q, mask=o_q < n_t, other=0.0)
             b_p, b_slope = weights_and_slopes(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], scale)
-            b_p = tl.where(m_seen, b_p, 0.0)
-            b_ds = tl.where(m_seen, b_p * b_slope, 0.0)
+            b_ds = b_p * b_slope
+            m_edge = (n_t < BQ) | (i_i + n_i > seen_by(i_t, n_key, L, D, CAUSAL))
+            if SLIDES:
+                m_edge = m_edge | (i_i < i_t + BQ - window)
+            if m_edge:
+                # [BQ] tokens of the tile that each row sees, or the last of them; rows that do not exist see nothing
+                m_row = o_q.to(tl.float32) < n_t * 1.0
+                if SLIDES:
+                    b_last = tl.where(m_row, (i_t - i_i) * 1.0, MASKED)
+                    m_seen = (b_ahead > (i_t - i_i - window) * 1.0) & (b_ahead <= b_last[None, :])
+                else:
+                    b_seen = seen_by_rows(o_q.to(tl.float32), i_t, n_key, L, D, CAUSAL) - i_i * 1.0
+                    m_seen = b_number < tl.where(m_row, b_seen, 0.0)[None, :]
+                b_p = tl.where(m_seen, b_p, 0.0)
+                b_ds = tl.where(m_seen, b_ds, 0.0)
             if HIDES:
-                b_hidden = tl.trans(hidden(mask, i_t, i_i, o_e, o_n, n_t, i_i + n_i, m_t))
+                b_hidden = tl.trans(hidden(mask, i_t, i_i, o_q, o_n, n_t, i_i + n_i, m_t))
                 b_p = tl.where(b_hidden > 0.0, 0.0, b_p)
                 b_ds = tl.where(b_hidden > 0.0, 0.0, b_ds)
             b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
-        if BE < BQ and not HIDES:
-            i_free = (n_whole - n_all) // (BQ // BE) * G * i_split // n_splits
-            n_free = (n_whole - n_all) // (BQ // BE) * G * (i_split + 1) // n_splits - i_free
-            for i_round in range(0, n_free):
-                i_step = i_free + i_round
-                i_h = i_n * G + i_step % G
-                i_q = i_query + n_all * BE + i_step // G * BQ
-                b_q = load_rows(q + i_q * q_t + i_h * q_h, o_q, o_k, q_t, BQ, DK)
-                b_g = load_rows(g + i_q * g_t + i_h * g_h, o_q, o_v, g_t, BQ, DV)
-                i_term = i_h.to(tl.int64) * T + i_q
-                b_lse = tl.load(lse + i_term + o_q)
-                b_delta = tl.load(delta + i_term + o_q)
-                b_p, b_slope = weights_and_slopes(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], scale)
-                b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
-                b_dk += tl.dot((b_p * b_slope).to(b_q.dtype), b_q, input_precision="ieee")
         i_out = (i_split * S.to(tl.int64) + i_row) * N2 + i_n
         p_dk = dk + i_out * DK + o_n[:, None] * (N2 * DK) + o_k[None, :]
         tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=(o_n < n_i)[:, None] & (o_k < DK)[None, :])

@@ -100,7 +100,7 @@ def plan_attention(
         "o_sum": total, "lse": lse, "scale": scale, "n_items": items, "N1": plan.heads, "T": plan.tokens,
         **plan.strides, "window": plan.window,
     }  # fmt: skip
-    constexprs = {**plan.constexprs, "W": STATE if statistics else 0, "BE": config.tiles["BN"], **config.tiles}
+    constexprs = {**plan.constexprs, "W": STATE if statistics else 0, **config.tiles}
     return plan.launch(kernels.attention_fwd, items, arguments, constexprs, config, uses_cube=True)
 
 
@@ -130,7 +130,7 @@ def plan_query_grad(plan: RaggedPlan, given: dict[str, Tensor], scale: float, dq
         **given, "mask": plan.masked(tiles), "tiles": tiles, "dq": dq, "scale": scale, "n_items": items,
         "N1": plan.heads, "T": plan.tokens, **strides, **plan.strides, "window": plan.window,
     }  # fmt: skip
-    constexprs = {**plan.constexprs, "BE": config.tiles["BN"], **config.tiles}
+    constexprs = {**plan.constexprs, **config.tiles}
     return plan.launch(kernels.attention_dq, items, arguments, constexprs, config, uses_cube=True)
 
 
@@ -138,13 +138,12 @@ def plan_key_grads(
     plan: RaggedPlan, given: dict[str, Tensor], scale: float, dk: Tensor, dv: Tensor
 ) -> Iterator[Launch]:
     config = plan.config(DKV)
-    sizes = {"BE": config.tiles["BQ"], **config.tiles}
-    tiles = key_tiles(plan.ragged, sizes["BN"], plan.device, with_queries=True, at_end=plan.window > 0)
+    tiles = key_tiles(plan.ragged, config.tiles["BN"], plan.device, with_queries=True, at_end=plan.window > 0)
     items = len(tiles) * plan.kv_heads
     queries = int(plan.ragged.queries.max(initial=0))  # at most, of those that see a tile of keys
     if plan.window:
-        queries = min(queries, plan.window + sizes["BN"] - 1)
-    steps = -(-queries // sizes["BE"]) * plan.group
+        queries = min(queries, plan.window + config.tiles["BN"] - 1)
+    steps = -(-queries // config.tiles["BQ"]) * plan.group
     splits = max(1, min(steps, PARTS // max(1, items)))
     grads, rows = (dk, dv), plan.ragged.key_ends[-1]
     parts = [dk, dv]
@@ -159,7 +158,7 @@ def plan_key_grads(
         "n_items": items * splits, "n_splits": splits, "N2": plan.kv_heads, "T": plan.tokens, "S": rows,
         **strides, **plan.strides, "window": plan.window,
     }  # fmt: skip
-    constexprs = {**plan.constexprs, **sizes}
+    constexprs = {**plan.constexprs, **config.tiles}
     yield plan.launch(kernels.attention_dkv, items * splits, arguments, constexprs, config, uses_cube=True)
     if splits > 1:
         config = plan.config(SUM)

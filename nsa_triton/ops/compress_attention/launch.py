@@ -36,15 +36,14 @@ from nsa_triton.runtime.target import Target, target_of
 
 OP = "compress_attention"
 SCORES, CHOOSE = "compress_attention_scores", "compress_attention_choose"
-# BQ query tokens and BN compressed tokens per tile, BE where some rows do not see all of them; BR query tokens and BC
-# blocks that are looked at at once.
+# BQ query tokens and BN compressed tokens per tile; BR query tokens and BC blocks that are looked at at once.
 TILES = {
-    FWD: ("BQ", "BN", "BE"),
+    FWD: ("BQ", "BN"),
     SCORES: ("BQ", "BN"),
     CHOOSE: ("BR", "BC"),
     TERMS: ("BQ",),
-    DQ: ("BQ", "BN", "BE"),
-    DKV: ("BQ", "BN", "BE"),
+    DQ: ("BQ", "BN"),
+    DKV: ("BQ", "BN"),
     SUM: ("BP", "BE"),
 }
 CHUNK = 6144  # rows (query tokens times kv heads) whose block scores are in memory at a time
