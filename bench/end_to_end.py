@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +226,20 @@ def _rows(
     ]  # fmt: skip
 
 
-def run(device: torch.device, shape: str, lengths: Sequence[int], folder: Path, rounds: int = ROUNDS) -> Path:
+def run(
+    device: torch.device, shapes: Sequence[str], lengths: Sequence[int], folder: Path, rounds: int = ROUNDS
+) -> Path:
     """Time both layers, print a line for each, and write all that is there after every length."""
     session = Session(device, 0.0)
     file = folder / session.target / "end_to_end.csv"
     rows: list[tuple[str, ...]] = []
-    for tokens in lengths or LENGTHS[device.type]:
-        for row in measured(shape_named(shape or DEFAULT_SHAPE[device.type]), tokens, session, rounds):
-            print(f"{row[0]:13} {row[1]:5} {row[3]:>6} tokens  {row[7]:>9} ms  {row[10]:>5} × dense", flush=True)
+    models = [shape_named(name) for name in shapes or [DEFAULT_SHAPE[device.type]]]
+    for shape, tokens in product(models, lengths or LENGTHS[device.type]):
+        for row in measured(shape, tokens, session, rounds):
+            what, provider, model, length, *_ = row
+            print(
+                f"{what:13} {provider:5} {model} {length:>6} tokens  {row[7]:>9} ms  {row[10]:>5} × dense", flush=True
+            )
             rows.append(row)
         write_table(file, [COLUMNS, *rows])
     return file
@@ -242,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = present_targets()
     parser.add_argument("--target", choices=here, default=here[0], help="default: %(default)s")
-    parser.add_argument("--shape", default="", metavar="SHAPE", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--shape", nargs="+", default=(), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--lengths", nargs="+", type=int, default=(), metavar="T", help="default: what fits the device")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")

@@ -108,9 +108,8 @@ def _end_to_end(options: argparse.Namespace) -> int:
         if given := getattr(options, name):
             hint = "Only --shape, --lengths, --target and --output go with it"
             raise ArgumentValueError(name, "to be left out with --end-to-end", given, hint)
-    shape = options.shape[0] if options.shape else ""
     device, folder = _device(options.target), options.output or results_folder()
-    console().print(f"wrote {bench_module('end_to_end').run(device, shape, options.lengths, folder)}")
+    console().print(f"wrote {bench_module('end_to_end').run(device, options.shape, options.lengths, folder)}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,18 +24,22 @@ SESSION = Session(torch.device("cpu"), 0.0)
 
 def test_both_layers_are_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    file = end_to_end.run(torch.device("cpu"), "tiny", [70], tmp_path, rounds=3)
+    monkeypatch.setitem(SHAPES, "small", replace(TINY, name="small"))
+    file = end_to_end.run(torch.device("cpu"), ["tiny", "small"], [70], tmp_path, rounds=3)
     assert file == tmp_path / "cpu" / "end_to_end.csv"
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
-    assert [(row["what"], row["provider"]) for row in rows] == [
-        ("training step", "ours"), ("training step", "dense"), ("decoding", "ours"), ("decoding", "dense"),
-    ]  # fmt: skip
+    assert [(row["shape"], row["what"], row["provider"]) for row in rows] == [
+        (shape, what, provider)
+        for shape in ("tiny", "small")
+        for what in ("training step", "decoding")
+        for provider in ("ours", "dense")
+    ]
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert (row["tokens"], row["rounds"], row["target"]) == ("70", "3", "cpu")
     assert rows[1]["× dense"] == rows[3]["× dense"] == "1.00"
-    assert capsys.readouterr().out.count("× dense") == 4
+    assert capsys.readouterr().out.count("× dense") == 8
 
 
 def test_what_decodes_wrongly_is_not_timed(monkeypatch):

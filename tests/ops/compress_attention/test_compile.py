@@ -26,6 +26,8 @@ WORST = [
     (BF16, 4, 65, 18, ODD, 5, False, True),
     (FP32, 16, 128, 128, USUAL, 16, True, False),
     (FP32, 1, 256, 256, FINE, 64, False, True),
+    (BF16, 16, 512, 512, USUAL, 16, True, False),
+    (FP32, 16, 512, 512, USUAL, 16, True, False),
 ]
 
 

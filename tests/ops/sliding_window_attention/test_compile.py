@@ -24,6 +24,8 @@ WORST = [
     (torch.float32, 2, 1, 192, 128, 512),
     (torch.float32, 2, 1, 256, 256, 512),
     (torch.float32, 2, 1, 512, 256, 512),
+    (torch.bfloat16, 2, 1, 512, 512, 512),
+    (torch.float32, 2, 1, 512, 512, 512),
 ]
 
 
