@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from nsa_triton.ascend.simulator.costs import parameters
+from nsa_triton.runtime.clock import microseconds
 from nsa_triton.runtime.target import target_of
 
 MOST_FLUSHED = 512 << 20  # bytes; virtual machines report the cache of the whole socket
@@ -19,7 +18,7 @@ UNKNOWN_CACHE = 64 << 20
 
 
 class Clock:
-    """Device events on an NPU or a GPU; on a CPU, whose calls return when they are done, the time of day."""
+    """Times calls on a device, behind a buffer that is larger than its caches."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -29,29 +28,12 @@ class Clock:
     def cold_and_warm(self, call: Callable[[], Any]) -> tuple[float, float]:
         """Microseconds of a call whose inputs are in no cache, and of the next one."""
         self._larger_than_cache.zero_()
-        if self.device.type != "cpu":
-            cold, warm = self._by_events([call, call])
-            return cold, warm
-        return self.once(call), self.once(call)
+        cold, warm = microseconds(self.device, [call, call])
+        return cold, warm
 
     def once(self, call: Callable[[], Any]) -> float:
         """Microseconds of a call, whatever is in the caches."""
-        if self.device.type != "cpu":
-            return self._by_events([call])[0]
-        began = time.perf_counter()
-        call()
-        return (time.perf_counter() - began) * 1e6
-
-    def _by_events(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
-        """Nothing waits before the end: while the device still writes the buffer, the host prepares the calls."""
-        module = getattr(torch, self.device.type)
-        marks = [module.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-        marks[0].record()
-        for call, mark in zip(calls, marks[1:], strict=True):
-            call()
-            mark.record()
-        module.synchronize()
-        return [first.elapsed_time(last) * 1e3 for first, last in itertools.pairwise(marks)]
+        return microseconds(self.device, [call])[0]
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -13,14 +13,14 @@ import nsa_triton
 from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.errors import ArgumentValueError
 from nsa_triton.ops.catalog import Family, families
-from nsa_triton.runtime.configs import Config, lookup
+from nsa_triton.runtime.configs import Config, config_root, load, lookup
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target
 from nsa_triton.tuning.evaluation import evaluate, refusal, timed_launches, workload_of
 from nsa_triton.tuning.journal import Journal, journal_path
 from nsa_triton.tuning.planning import Asked, asked_for, fingerprint
 from nsa_triton.tuning.search import Search
-from nsa_triton.tuning.space import SPACES
+from nsa_triton.tuning.space import SPACES, Space
 from nsa_triton.tuning.sweep import Candidate, Sweep
 from nsa_triton.tuning.timing import Place, place_named
 from nsa_triton.workloads import OPS, Shape, workload
@@ -67,10 +67,21 @@ class Planned:
 
     def search(self) -> Search:
         _, place, space = workload_of(self.sweep)
-        return Search(self.default, self.tiles, space.options(place.target.kind))
+        kind = place.target.kind
+        return Search(self.default, self.tiles, space.options(kind), winners(space, self.sweep.family, kind))
 
     def journal(self, *, fresh: bool = False) -> Journal:
         return Journal(journal_path(self.sweep, self.identity), self.identity, fresh=fresh)
+
+
+def winners(space: Space, family: str, kind: str) -> list[Candidate]:
+    """What was found for this kernel, whatever it was tuned for: the entries of all targets but the default ones."""
+    files = sorted(config_root().glob(f"*/{family}.json"))
+    entries = [entry for file in files for entry in load(file) if entry.kernel == space.kernel]
+    tuned = [entry for entry in entries if entry.evidence["how"] != "default"]
+    found = ({name: entry.tiles[name] for name in space.tiles} for entry in tuned)
+    options = (entry.options.get(kind, {}) for entry in tuned)
+    return list(dict.fromkeys(map(Candidate.of, found, options)))
 
 
 def sweeps(request: Request) -> list[Sweep]:

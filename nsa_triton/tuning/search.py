@@ -1,8 +1,8 @@
 """The order in which candidates are tried, so that an early stop is worth something.
 
-The default comes first. Then neighbours of the best so far alternate with what lies farthest from all that was tried:
-two of three candidates follow the best downhill, and the third keeps the search from ending in a valley. Launch options
-are tried with the best tiles only.
+The default comes first, then what won elsewhere: on other chips, by other compilers, at other shapes. Then neighbours
+of the best so far alternate with what lies farthest from all that was tried: two of three candidates follow the best
+downhill, and the third keeps the search from ending in a valley. Launch options are tried with the best tiles only.
 """
 
 from __future__ import annotations
@@ -17,20 +17,29 @@ FINALISTS = 3  # tiles with which options are tried at last
 
 
 class Search:
-    """`default`, then all of `tiles` and options. Verdicts that are known already are handed in by `hear`."""
+    """`default`, then `early`, then all of `tiles` and options. Verdicts that are known already are handed in by
+    `hear`."""
 
-    def __init__(self, default: Candidate, tiles: Sequence[Candidate], options: Sequence[Options]) -> None:
+    def __init__(
+        self,
+        default: Candidate,
+        tiles: Sequence[Candidate],
+        options: Sequence[Options],
+        early: Sequence[Candidate] = (),
+    ) -> None:
         self.default = default
         self.options = options
         self.verdicts: dict[Candidate, Verdict] = {}
         self._tiles = list(dict.fromkeys((default, *tiles)))
         self._begun: set[Candidate] = set()
         self._grid = _grid(self._tiles)
+        self._early = [default, *(candidate for candidate in early if self.has(candidate))]
 
     @property
     def total(self) -> int:
         """The most candidates that will be tried."""
-        return len(self._tiles) + min(FINALISTS, len(self._tiles)) * len(self._variants_of(self.default))
+        of_best = min(FINALISTS, len(self._tiles)) * len(self._variants_of(self.default))
+        return len(self._tiles) + of_best + sum(candidate not in self._tiles for candidate in self._early)
 
     def hear(self, candidate: Candidate, verdict: Verdict) -> None:
         self._begun.add(candidate)
@@ -62,8 +71,9 @@ class Search:
         return None if verdict is None else verdict.us
 
     def _next(self) -> Candidate | None:
-        if self.default not in self._begun:
-            return self.default
+        early = next((candidate for candidate in self._early if candidate not in self._begun), None)
+        if early is not None:
+            return early
         pending = [candidate for candidate in self._tiles if candidate not in self._begun]
         best = self.best
         variants = [] if best is None else self._pending_variants(1 if pending else FINALISTS)

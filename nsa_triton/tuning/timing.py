@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from nsa_triton.ascend.chips import CHIPS, chip
 from nsa_triton.ascend.simulator.report import total_us
 from nsa_triton.ascend.toolchain import compiler, compilers, distribution_version
 from nsa_triton.errors import ArgumentValueError
+from nsa_triton.runtime.clock import microseconds
 from nsa_triton.runtime.executors import Executor
 from nsa_triton.runtime.launch import INSTEAD, executor_for
 from nsa_triton.runtime.simulation import simulated_times
@@ -110,24 +110,25 @@ def _measured(work: Workload, place: Place, only: Collection[str]) -> Time:
     stopwatch = _Stopwatch(place, only)
     token = INSTEAD.set(stopwatch)
     try:
-        seconds = [stopwatch.of(work) for _ in range(1 + ROUNDS)][1:]
+        us = [stopwatch.of(work) for _ in range(1 + ROUNDS)][1:]
     finally:
         INSTEAD.reset(token)
-    p20, *_, p80 = statistics.quantiles(seconds, n=5)
-    return Time(statistics.median(seconds) * 1e6, p20 * 1e6, p80 * 1e6)
+    p20, *_, p80 = statistics.quantiles(us, n=5)
+    return Time(statistics.median(us), p20, p80)
 
 
 class _Stopwatch:
     """Runs every launch, and adds up how long those of some kernels take."""
 
     def __init__(self, place: Place, only: Collection[str]) -> None:
-        self.place, self.only, self.seconds = place, only, 0.0
+        self.device, self.only, self.us = place.device, only, 0.0
         self.inner: Executor = executor_for(place.target.kind, place.device)
 
     def of(self, work: Workload) -> float:
-        self.seconds = 0.0
+        """Microseconds in one call."""
+        self.us = 0.0
         work.call("triton")
-        return self.seconds
+        return self.us
 
     def launch(
         self,
@@ -138,20 +139,7 @@ class _Stopwatch:
         options: Mapping[str, Any],
     ) -> None:
         launch = functools.partial(self.inner.launch, kernel, programs, arguments, constexprs, options)
-        if kernel.fn.__name__ not in self.only:
-            launch()
-        elif self.place.target.kind == "cpu":
-            began = time.perf_counter()
-            launch()
-            self.seconds += time.perf_counter() - began
+        if kernel.fn.__name__ in self.only:
+            self.us += microseconds(self.device, [launch])[0]
         else:
-            self.seconds += self._by_events(launch)
-
-    def _by_events(self, launch: functools.partial[None]) -> float:
-        device = getattr(torch, self.place.device.type)
-        first, last = device.Event(enable_timing=True), device.Event(enable_timing=True)
-        first.record()
-        launch()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
+            launch()

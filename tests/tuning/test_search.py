@@ -46,6 +46,15 @@ def test_an_early_stop_has_the_best_already():
     assert search.best == candidate({"unit_flag": True}, BQ=64, BN=96)
 
 
+def test_what_won_elsewhere_comes_right_behind_the_default():
+    elsewhere = [candidate({"unit_flag": True}, BQ=16, BN=256), DEFAULT, candidate(BQ=16, BN=16)]
+    foreign = [candidate({"stages": 2}, BQ=16, BN=256), candidate(BQ=17, BN=256)]
+    search = Search(DEFAULT, GRID, OPTIONS, [*foreign, *elsewhere])
+    tried = order(search)
+    assert tried[:3] == [DEFAULT, elsewhere[0], elsewhere[2]]
+    assert len(set(tried)) == len(tried) == search.total
+
+
 def test_a_candidate_that_is_known_is_not_tried_again():
     search = Search(DEFAULT, GRID, ({},))
     for one in GRID[:-1]:

@@ -31,6 +31,7 @@ from nsa_triton.tuning.evaluation import evaluate
 from nsa_triton.tuning.gate import what_is_wrong
 from nsa_triton.tuning.journal import journal_path
 from nsa_triton.tuning.result import Result, entry
+from nsa_triton.tuning.space import space_of
 from nsa_triton.tuning.sweep import Verdict
 from nsa_triton.tuning.tune import Interrupted, Output
 from nsa_triton.tuning.workers import Processes, workers
@@ -154,6 +155,26 @@ def test_a_kernel_that_two_ops_share_is_tuned_once():
     kernels = [sweep.kernel for sweep in plans.sweeps(request)]
     assert len(kernels) == len(set(kernels))
     assert kernels.count("select_attention_union") == 1
+
+
+def test_winners_of_other_chips_are_tried_early(tmp_path, monkeypatch):
+    def file(target, *tiles_and_how):
+        found = [
+            {"kernel": "compress_infer", "key": {}, "length": 0, "tiles": {"BD": size}, "options": {},
+             "evidence": {"how": how}} for size, how in tiles_and_how
+        ]  # fmt: skip
+        found += [{**found[0], "kernel": "another"}]
+        text = json.dumps({"schema": 1, "op": "compress_infer", "target": target, "entries": found})
+        (tmp_path / target).mkdir()
+        (tmp_path / target / "compress_infer.json").write_text(text)
+
+    file("default", (256, "default"))
+    file("Ascend910B4", (48, "simulated"), (96, "measured"))
+    file("Ascend910_9392", (96, "simulated"))
+    monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(tmp_path))
+    merge.forget_configs()
+    found = plans.winners(space_of("compress_infer", "compress_infer"), "compress_infer", "npu")
+    assert found == [candidate(BD=48), candidate(BD=96)]
 
 
 def test_another_workload_compiler_or_limit_is_another_sweep():
