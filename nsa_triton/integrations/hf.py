@@ -277,8 +277,8 @@ def _config_of(attention: Any, config: NSAConfig | None, overrides: dict[str, An
         "head_dim": size,
     }
     if config is None:
-        return NSAConfig(**{**own, "scale": attention.scaling, **overrides})
-    for name, value in {**own, "value_size": size}.items():
+        config = NSAConfig(**{**own, "scale": attention.scaling, **overrides})
+    for name, value in {**own, "value_size": size, "separate_key_values": False}.items():
         if getattr(config, name) != value:
             raise ArgumentValueError(f"config.{name}", f"{value}, as the model has it", getattr(config, name))
     return config

@@ -15,7 +15,7 @@ read back. A sequence may be forked: both share pages until one of them writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -168,14 +168,12 @@ class NSACache:
         self.columns = -(-max_tokens // page_size)
         self.device = torch.device(device)
 
-        def new(tokens: int, size: int) -> Tensor:
-            shape = (layers, pages, tokens, config.key_value_head_num, size)
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def new(tokens: int, heads: int) -> Iterator[Tensor]:
+            for size in (config.head_dim, config.value_size):
+                yield torch.zeros((layers, pages, tokens, heads, size), dtype=dtype, device=self.device)
 
-        self.keys, self.values = (new(page_size, size) for size in (config.head_dim, config.value_size))
-        self.compressed_keys, self.compressed_values = (
-            new(self.compressed_page_size, size) for size in (config.head_dim, config.value_size)
-        )
+        self.keys, self.values = new(page_size, config.raw_head_num)
+        self.compressed_keys, self.compressed_values = new(self.compressed_page_size, config.key_value_head_num)
         self._pool = PagePool(pages, page_size)
         self._sequences: dict[int, Sequence] = {}
         self._next = 0
@@ -315,13 +313,14 @@ class NSACache:
         impl: str = "auto",
     ) -> None:
         """Put the new keys [T, N2, Dk] and values [T, N2, Dv] of a layer into its pages, and compress the windows that
-        they complete. The modules do this themselves."""
+        they complete. With `separate_key_values` they have 3 * N2 heads, of which the first N2 are compressed. The
+        modules do this themselves."""
         config = self.config
         caches = ((self.keys, self.compressed_keys), (self.values, self.compressed_values))
         for (raw, compressed), tokens, weight in zip(caches, (key, value), (key_weight, value_weight), strict=True):
             raw[layer].flatten(0, 1).index_copy_(0, step.slots, tokens.detach().to(raw.dtype))
             nsa_compress_infer(
-                raw[layer],
+                raw[layer, :, :, : config.key_value_head_num],
                 weight.detach().to(raw.dtype),
                 step.window_slots,
                 config.compress_block_size,

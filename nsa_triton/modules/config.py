@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nsa_triton.errors import ArgumentValueError
+from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 from nsa_triton.ops._common.arguments import check_importance, check_int, check_scale
 
 MOST_HEADS, MOST_HEAD_DIM = 128, 256  # what nsa_compress takes
+BRANCHES = 3
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class NSAConfig:
         num_local_blocks: newest blocks, that of the query token included, that are always selected; 1 or more.
         importance: how blocks are scored, "overlap" (the paper) or "cann"; see `nsa_compress_attention`.
         scale: what scores are multiplied by. None: head_dim ** -0.5.
+        separate_key_values: whether each branch has keys and values of its own, as in the paper: three times
+            `key_value_head_num` heads, those of the compressed branch first, then of the selected and the local one.
+            Raw keys and values in a cache then take three times the room.
 
     Raises:
         ArgumentTypeError: (a TypeError) a number is not an int.
@@ -49,12 +53,15 @@ class NSAConfig:
     num_local_blocks: int = 2
     importance: str = "overlap"
     scale: float | None = None
+    separate_key_values: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" or (field.type == "int | None" and value is not None):
                 check_int(field.name, value)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ArgumentTypeError(field.name, "a bool", type(value).__name__)
         self._check_sizes()
         check_importance(self.importance)
         if self.scale is not None:
@@ -82,6 +89,11 @@ class NSAConfig:
     @property
     def value_size(self) -> int:
         return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def raw_head_num(self) -> int:
+        """Heads of keys and values that are not compressed, of all branches."""
+        return self.key_value_head_num * (BRANCHES if self.separate_key_values else 1)
 
     @property
     def score_scale(self) -> float:

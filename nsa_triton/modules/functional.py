@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from nsa_triton.errors import ArgumentTypeError
+from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
 from nsa_triton.modules.cache import Step
-from nsa_triton.modules.config import NSAConfig
+from nsa_triton.modules.config import BRANCHES, NSAConfig
 from nsa_triton.modules.packing import checked_cu_seqlens
 from nsa_triton.ops.compress import nsa_compress
 from nsa_triton.ops.compress_attention import nsa_compress_attention
@@ -46,8 +47,8 @@ def native_sparse_attention(
     Args:
         query: [T, N1, Dk], the tokens of all sequences, packed. float16, bfloat16 or float32; float64 with
             impl="reference".
-        key: [T, N2, Dk], with the dtype and on the device of `query`.
-        value: [T, N2, Dv], likewise.
+        key: [T, N2, Dk], with the dtype and on the device of `query`; [T, 3 * N2, Dk] with `separate_key_values`.
+        value: [T, N2, Dv], likewise; [T, 3 * N2, Dv].
         gates: [T, N1, 3], logits of the compressed, the selected and the local branch, like `query` or float32.
         key_weight: [compress_block_size, N2], how keys are compressed.
         value_weight: [compress_block_size, N2], how values are compressed.
@@ -75,18 +76,30 @@ def native_sparse_attention(
     """
     if not isinstance(config, NSAConfig):
         raise ArgumentTypeError("config", "an NSAConfig", type(config).__name__)
+    keys, values = of_branches("key", key, config), of_branches("value", value, config)
     bounds = checked_cu_seqlens(cu_seqlens, query.shape[0])
     ends = [end for begin, end in pairwise(bounds) if end > begin]  # an empty sequence has no token to attend
     if not ends:
         return query.new_zeros((0, config.head_num, config.value_size))
     sizes = (config.score_scale, config.head_num)
-    compressed, blocks = _compressed_branch(query, key, value, key_weight, value_weight, config, ends, impl)
+    compressed, blocks = _compressed_branch(query, keys[0], values[0], key_weight, value_weight, config, ends, impl)
     lengths: dict[str, Any] = {"actual_seq_qlen": ends, "actual_seq_kvlen": ends, "impl": impl}
     selected, _, _ = nsa_select_attention(
-        query, key, value, blocks, *sizes, config.select_block_size, config.select_block_count, causal=True, **lengths
-    )
-    local, _ = nsa_sliding_window_attention(query, key, value, *sizes, config.window_size, **lengths)
+        query, keys[1], values[1], blocks, *sizes, config.select_block_size, config.select_block_count, causal=True,
+        **lengths,
+    )  # fmt: skip
+    local, _ = nsa_sliding_window_attention(query, keys[2], values[2], *sizes, config.window_size, **lengths)
     return nsa_gated_combine(compressed, selected, local, gates, impl=impl)
+
+
+def of_branches(name: str, raw: Tensor, config: NSAConfig) -> Sequence[Tensor]:
+    """The heads of raw keys or values [..., heads, D] that the compressed, the selected and the local branch see."""
+    if raw.dim() < 2 or raw.shape[-2] != config.raw_head_num:
+        times = f" = {BRANCHES} * key_value_head_num, one set for each branch" if config.separate_key_values else ""
+        raise ArgumentValueError(name, f"[T, {config.raw_head_num}, head size]{times}", list(raw.shape))
+    if config.separate_key_values:
+        return raw.chunk(BRANCHES, -2)
+    return (raw,) * BRANCHES
 
 
 def _compressed_branch(
@@ -164,12 +177,14 @@ def decode(query: Tensor, gates: Tensor, step: Step, layer: int, *, impl: str = 
         importance=config.importance,
         **rows,
     )
-    keys, values = cache.keys[layer], cache.values[layer]
+    keys = of_branches("cache.keys", cache.keys[layer], config)
+    values = of_branches("cache.values", cache.values[layer], config)
+    rows["actual_seq_kvlen"] = step.lengths
     selected = nsa_select_attention_infer(
-        query, keys, values, blocks, *heads, *blocks_of, cache.page_size, actual_seq_kvlen=step.lengths, **rows
+        query, keys[1], values[1], blocks, *heads, *blocks_of, cache.page_size, **rows
     )
     local = nsa_sliding_window_attention_infer(
-        query, keys, values, *heads, config.window_size, cache.page_size, actual_seq_kvlen=step.lengths, **rows
+        query, keys[2], values[2], *heads, config.window_size, cache.page_size, **rows
     )
     branches = (compressed, cast(Tensor, selected), cast(Tensor, local))
     return nsa_gated_combine(*branches, gates.to(query.dtype), impl=impl).to(asked)

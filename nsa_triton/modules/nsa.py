@@ -24,8 +24,9 @@ class NativeSparseAttention(nn.Module):
     """Native sparse attention of a transformer layer (arXiv 2502.11089), causal, with grouped queries.
 
     Each query head adds up three branches, each behind a sigmoid gate of its own: attention to compressed tokens, to
-    the blocks that these scores select, and to the newest tokens. Keys and values are shared by the three and
-    compressed by learned weights, one per place in a window and kv head, which begin as the mean.
+    the blocks that these scores select, and to the newest tokens. The three share keys and values, or each has its
+    own (`separate_key_values` of the config). They are compressed by learned weights, one per place in a window and kv
+    head, which begin as the mean.
 
     Args:
         config: heads, windows and blocks.
@@ -65,8 +66,8 @@ class NativeSparseAttention(nn.Module):
         shape = (config.compress_block_size, config.key_value_head_num)
         self.key_weight, self.value_weight = (nn.Parameter(torch.empty(shape, **kind)) for _ in range(2))
         if projections:
-            queries, keys = config.head_num * config.head_dim, config.key_value_head_num * config.head_dim
-            values, outputs = (heads * config.value_size for heads in (config.key_value_head_num, config.head_num))
+            queries, keys = (heads * config.head_dim for heads in (config.head_num, config.raw_head_num))
+            outputs, values = (heads * config.value_size for heads in (config.head_num, config.raw_head_num))
             self.query = nn.Linear(config.hidden_size, queries, bias=bias, **kind)
             self.key = nn.Linear(config.hidden_size, keys, bias=bias, **kind)
             self.value = nn.Linear(config.hidden_size, values, bias=bias, **kind)
@@ -97,8 +98,9 @@ class NativeSparseAttention(nn.Module):
                 `native_sparse_attention`. None: one sequence.
             lengths: for padded tokens, how many of each sequence are real: a list, tuple or integer tensor on the CPU.
                 The output behind them is 0. None: all.
-            rotary: takes queries [T, N1, Dk], keys [T, N2, Dk] and positions [T] (int64, counted within each sequence),
-                and returns queries and keys with their embeddings. It comes before keys are compressed or cached.
+            rotary: takes queries [T, N1, Dk], keys [T, N2, Dk] (3 * N2 with `separate_key_values`) and positions [T]
+                (int64, counted within each sequence), and returns queries and keys with their embeddings. It comes
+                before keys are compressed or cached.
             step: what `NSACache.extend` made of these tokens, instead of `cu_seqlens` or `lengths`. There are no
                 gradients then. A [B, S, hidden_size] tensor holds S new tokens of each sequence.
             layer: whose part of the cache is used.
@@ -118,12 +120,13 @@ class NativeSparseAttention(nn.Module):
         return packing.unpack(self.output(attended.flatten(1)), hidden)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries [T, N1, Dk], keys [T, N2, Dk], values [T, N2, Dv] and gates [T, N1, 3] of tokens [T, hidden_size]."""
+        """Queries [T, N1, Dk], keys [T, N2, Dk], values [T, N2, Dv] and gates [T, N1, 3] of tokens [T, hidden_size];
+        3 * N2 instead of N2 with `separate_key_values`."""
         config = self.config
         return (
             self.query(hidden).view(-1, config.head_num, config.head_dim),
-            self.key(hidden).view(-1, config.key_value_head_num, config.head_dim),
-            self.value(hidden).view(-1, config.key_value_head_num, config.value_size),
+            self.key(hidden).view(-1, config.raw_head_num, config.head_dim),
+            self.value(hidden).view(-1, config.raw_head_num, config.value_size),
             self.gate(hidden).view(-1, config.head_num, 3),
         )
 
@@ -167,8 +170,9 @@ class NativeSparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
+        heads = f"{c.head_num}/{c.key_value_head_num}" + (" per branch" if c.separate_key_values else "")
         return (
-            f"heads={c.head_num}/{c.key_value_head_num}, head_dim={c.head_dim}/{c.value_size}, "
+            f"heads={heads}, head_dim={c.head_dim}/{c.value_size}, "
             f"l={c.compress_block_size}, d={c.compress_stride}, l'={c.select_block_size}, K={c.select_block_count}, "
             f"window={c.window_size}, impl={self.impl}"
         )

@@ -376,6 +376,7 @@ def test_a_cache_that_does_not_fit_is_refused():
         ({"head_dim": 16, "config": NSAConfig(64, 4, 2, 32)}, "None beside head_dim"),
         ({"config": NSAConfig(64, 8, 2, 32)}, "config.head_num: expected 4"),
         ({"config": NSAConfig(64, 4, 2, 32, value_dim=16)}, "config.value_size: expected 32"),
+        ({"separate_key_values": True}, "config.separate_key_values: expected False"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused_and_nothing_changes(arguments, message):

@@ -36,14 +36,17 @@ def chosen_blocks(config, t: int, weights: Tensor) -> list[int]:
 
 def of_one_sequence(config, query, key, value, gates, key_weight, value_weight) -> Tensor:
     """[T, N1, Dv] of tensors like those of `native_sparse_attention`, for one sequence."""
-    block, stride = config.compress_block_size, config.compress_stride
+    block, stride, kv_heads = config.compress_block_size, config.compress_stride, config.key_value_head_num
     starts = range(0, len(key) - block + 1, stride)
     keys, values = (
         torch.stack([(x[s : s + block] * w[:, :, None]).sum(0) for s in starts]) if starts else x[:0]
-        for x, w in ((key, key_weight), (value, value_weight))
+        for x, w in ((key[:, :kv_heads], key_weight), (value[:, :kv_heads], value_weight))
     )
     group, scale = config.head_num // config.key_value_head_num, config.head_dim**-0.5
     rows = []
+    # raw keys and values of the selected and the local branch
+    own = config.key_value_head_num if config.separate_key_values else 0
+    raw = [(key[:, own * i :], value[:, own * i :]) for i in (1, 2)]
     for t in range(len(query)):
         seen = len([s for s in starts if s + block - 1 <= t])
         past, recent = torch.arange(t + 1), torch.arange(max(0, t + 1 - config.window_size), t + 1)
@@ -56,7 +59,8 @@ def of_one_sequence(config, query, key, value, gates, key_weight, value_weight) 
             chosen = past[torch.isin(past // config.select_block_size, blocks)]
             for h, s in zip(mine, to_windows, strict=True):
                 branches = [attention(s, values[:seen, n])]
-                branches += [attention(key[i, n] @ query[t, h] * scale, value[i, n]) for i in (chosen, recent)]
+                for (k, v), i in zip(raw, (chosen, recent), strict=True):
+                    branches.append(attention(k[i, n] @ query[t, h] * scale, v[i, n]))
                 heads.append((torch.sigmoid(gates[t, h])[:, None] * torch.stack(branches)).sum(0))
         rows.append(torch.stack(heads))
     return torch.stack(rows)
@@ -78,6 +82,7 @@ def module(attention_module, hidden: Tensor, bounds) -> Tensor:
         name: p.double() if p.dtype != torch.float64 else p for name, p in attention_module.named_parameters()
     }
     c = attention_module.config
+    kv_heads = c.key_value_head_num * (3 if c.separate_key_values else 1)
 
     def project(name: str, heads: int) -> Tensor:
         features = hidden @ state[f"{name}.weight"].T
@@ -86,7 +91,7 @@ def module(attention_module, hidden: Tensor, bounds) -> Tensor:
         return features.view(len(hidden), heads, -1)
 
     query, key, value, gates = (
-        project("query", c.head_num), project("key", c.key_value_head_num), project("value", c.key_value_head_num),
+        project("query", c.head_num), project("key", kv_heads), project("value", kv_heads),
         project("gate", c.head_num),
     )  # fmt: skip
     weights = (state["key_weight"], state["value_weight"])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_triton import ArgumentTypeError, ArgumentValueError, CacheFullError, NSACache, NSAConfig
 from tests.implementations import each_implementation
-from tests.modules.test_nsa import SMALL, made, refused, tokens
+from tests.modules.test_nsa import SEPARATE, SMALL, made, refused, tokens
 
 every_impl = each_implementation("sliding_window_attention_infer")
 
@@ -43,7 +43,7 @@ class Growing:
 
 
 @every_impl
-@pytest.mark.parametrize("config", [SMALL, WIDE, FLAT], ids=["small", "wide", "flat"])
+@pytest.mark.parametrize("config", [SMALL, WIDE, FLAT, SEPARATE], ids=["small", "wide", "flat", "separate"])
 def test_prefill_then_decode(config, impl):
     growing = Growing(config, impl, 150, 3)
     growing.extend({0: 70, 1: 5, 2: 33})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +21,13 @@ SMALL = NSAConfig(
     hidden_size=24, head_num=4, key_value_head_num=2, head_dim=16, compress_block_size=32, compress_stride=16,
     select_block_size=32, select_block_count=4, window_size=20,
 )  # fmt: skip
+SEPARATE = replace(SMALL, separate_key_values=True)
 CONFIGS = [
     (SMALL, [0, 150]),
     (NSAConfig(20, 2, 2, 32, 16, 16, 16, 16, 5, 1, 0, 1), [0, 40, 41, 41, 110]),
     (NSAConfig(20, 8, 1, 16, 32, 48, 16, 48, 3, 64, 1, 1), [0, 0, 15, 130]),
     (NSAConfig(20, 3, 1, 16, None, 32, 32, 64, 2, 1000, 1, 1), [0, 97, 100]),
+    (SEPARATE, [0, 60, 150]),
 ]
 
 
@@ -196,6 +199,22 @@ def test_the_state_dict_is_stable():
     assert "l=32, d=16, l'=32, K=4, window=20" in repr(module)
 
 
+def test_each_branch_may_have_keys_and_values_of_its_own():
+    module = NativeSparseAttention(SEPARATE, bias=True)
+    shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    assert (shapes["key.weight"], shapes["value.weight"], shapes["key_weight"]) == ((96, 24), (96, 24), (32, 2))
+    assert "heads=4/2 per branch" in repr(module)
+    alone, ready = made(SMALL, "reference"), made(SMALL, "reference").project(tokens(SMALL, 90))
+    query, key, value, gates = ready
+    weights = (alone.key_weight, alone.value_weight)
+    thrice: Any = (query, key.repeat(1, 3, 1), value.repeat(1, 3, 1), gates, *weights, SEPARATE)
+    torch.testing.assert_close(native_sparse_attention(*thrice, impl="reference"), alone.attend(*ready))
+    for number, name in ((1, "key"), (2, "value")):
+        bad = [*thrice]
+        bad[number] = ready[number]
+        refused(ArgumentValueError, name, lambda bad=bad: native_sparse_attention(*bad))
+
+
 def refused(error, argument, call):
     with pytest.raises(error) as caught:
         call()
@@ -255,5 +274,6 @@ def test_other_arguments_of_the_config():
     refused(ArgumentValueError, "importance", lambda: NSAConfig(**GOOD, importance="mine"))
     refused(ArgumentValueError, "select_block_count", lambda: NSAConfig(**GOOD, num_init_blocks=15))
     refused(ArgumentTypeError, "scale", lambda: NSAConfig(**GOOD | {"scale": "1"}))
+    refused(ArgumentTypeError, "separate_key_values", lambda: NSAConfig(**GOOD | {"separate_key_values": 1}))
     assert NSAConfig(**GOOD, scale=0.25).score_scale == 0.25
     assert NSAConfig(**GOOD).score_scale == 32**-0.5
