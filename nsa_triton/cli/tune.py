@@ -185,7 +185,8 @@ def _tell(results: Sequence[Result], options: argparse.Namespace) -> None:
 def _row(result: Result) -> list[str]:
     sweep = result.sweep
     chip = sweep.chip + (f" {sweep.compiler}" if sweep.compiler else "")
-    tiles = "none works" if result.best is None else "the default's" if not result.wins else str(result.best)
+    nothing = "none works" if result.tried else "no time"
+    tiles = nothing if result.best is None else "the default's" if not result.wins else str(result.best)
     others = ", ".join(f"{one} ({us:.1f})" for one, us in result.runners_up[:SHOWN])
     left = f" ({result.left} not tried)" if result.left else ""
     ratio = f"{result.ratio:.2f}" if result.ratio else ""
