@@ -69,13 +69,6 @@ def test_every_kernel_of_every_op_has_a_space_with_its_tiles(op):
         assert dict(one.key)["compiler"] == place.target.compiler
 
 
-def test_edge_tiles_are_no_larger_than_whole_ones():
-    for tiles in space_of("compress_attention", "attention_fwd").candidates():
-        assert tiles["BE"] <= tiles["BN"]
-    for tiles in space_of("compress_attention", "attention_dkv").candidates():
-        assert tiles["BQ"] % tiles["BE"] == 0
-
-
 def test_the_choice_of_blocks_divides_the_rows_of_the_scores():
     assert disagreement("compress_attention_choose", {"BQ": 48, "BR": 32})
     assert not disagreement("compress_attention_choose", {"BQ": 64, "BR": 32})
