@@ -320,7 +320,7 @@ class NSACache:
         for (raw, compressed), tokens, weight in zip(caches, (key, value), (key_weight, value_weight), strict=True):
             raw[layer].flatten(0, 1).index_copy_(0, step.slots, tokens.detach().to(raw.dtype))
             nsa_compress_infer(
-                raw[layer, :, :, : config.key_value_head_num],
+                config.branches("cache", raw[layer])[0],
                 weight.detach().to(raw.dtype),
                 step.window_slots,
                 config.compress_block_size,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
-from nsa_triton.ops._common.arguments import check_importance, check_int, check_scale
+from nsa_triton.errors import ArgumentValueError
+from nsa_triton.ops._common.arguments import check_bool, check_importance, check_int, check_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_HEADS, MOST_HEAD_DIM = 128, 256  # what nsa_compress takes
 BRANCHES = 3
@@ -60,8 +65,8 @@ class NSAConfig:
             value = getattr(self, field.name)
             if field.type == "int" or (field.type == "int | None" and value is not None):
                 check_int(field.name, value)
-            if field.type == "bool" and not isinstance(value, bool):
-                raise ArgumentTypeError(field.name, "a bool", type(value).__name__)
+            if field.type == "bool":
+                check_bool(field.name, value)
         self._check_sizes()
         check_importance(self.importance)
         if self.scale is not None:
@@ -94,6 +99,14 @@ class NSAConfig:
     def raw_head_num(self) -> int:
         """Heads of keys and values that are not compressed, of all branches."""
         return self.key_value_head_num * (BRANCHES if self.separate_key_values else 1)
+
+    def branches(self, name: str, raw: Tensor) -> Sequence[Tensor]:
+        """The heads of raw keys or values [..., heads, D] that the compressed, the selected and the local branch see;
+        `name` is what errors call them."""
+        if raw.dim() < 2 or raw.shape[-2] != self.raw_head_num:
+            times = f" = {BRANCHES} * key_value_head_num, one set for each branch" if self.separate_key_values else ""
+            raise ArgumentValueError(name, f"[T, {self.raw_head_num}, head size]{times}", list(raw.shape))
+        return raw.chunk(BRANCHES, -2) if self.separate_key_values else (raw,) * BRANCHES
 
     @property
     def score_scale(self) -> float:

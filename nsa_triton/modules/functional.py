@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from nsa_triton.errors import ArgumentTypeError, ArgumentValueError
+from nsa_triton.errors import ArgumentTypeError
 from nsa_triton.modules.cache import Step
-from nsa_triton.modules.config import BRANCHES, NSAConfig
+from nsa_triton.modules.config import NSAConfig
 from nsa_triton.modules.packing import checked_cu_seqlens
 from nsa_triton.ops.compress import nsa_compress
 from nsa_triton.ops.compress_attention import nsa_compress_attention
@@ -76,7 +75,7 @@ def native_sparse_attention(
     """
     if not isinstance(config, NSAConfig):
         raise ArgumentTypeError("config", "an NSAConfig", type(config).__name__)
-    keys, values = of_branches("key", key, config), of_branches("value", value, config)
+    keys, values = config.branches("key", key), config.branches("value", value)
     bounds = checked_cu_seqlens(cu_seqlens, query.shape[0])
     ends = [end for begin, end in pairwise(bounds) if end > begin]  # an empty sequence has no token to attend
     if not ends:
@@ -90,16 +89,6 @@ def native_sparse_attention(
     )  # fmt: skip
     local, _ = nsa_sliding_window_attention(query, keys[2], values[2], *sizes, config.window_size, **lengths)
     return nsa_gated_combine(compressed, selected, local, gates, impl=impl)
-
-
-def of_branches(name: str, raw: Tensor, config: NSAConfig) -> Sequence[Tensor]:
-    """The heads of raw keys or values [..., heads, D] that the compressed, the selected and the local branch see."""
-    if raw.dim() < 2 or raw.shape[-2] != config.raw_head_num:
-        times = f" = {BRANCHES} * key_value_head_num, one set for each branch" if config.separate_key_values else ""
-        raise ArgumentValueError(name, f"[T, {config.raw_head_num}, head size]{times}", list(raw.shape))
-    if config.separate_key_values:
-        return raw.chunk(BRANCHES, -2)
-    return (raw,) * BRANCHES
 
 
 def _compressed_branch(
@@ -177,8 +166,8 @@ def decode(query: Tensor, gates: Tensor, step: Step, layer: int, *, impl: str = 
         importance=config.importance,
         **rows,
     )
-    keys = of_branches("cache.keys", cache.keys[layer], config)
-    values = of_branches("cache.values", cache.values[layer], config)
+    keys = config.branches("cache.keys", cache.keys[layer])
+    values = config.branches("cache.values", cache.values[layer])
     rows["actual_seq_kvlen"] = step.lengths
     selected = nsa_select_attention_infer(
         query, keys[1], values[1], blocks, *heads, *blocks_of, cache.page_size, **rows

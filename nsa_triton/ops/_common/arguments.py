@@ -31,6 +31,11 @@ def check_tensor(argument: str, value: Any) -> None:
         raise ArgumentTypeError(argument, "a dense tensor", f"layout {value.layout}", "Call .to_dense()")
 
 
+def check_bool(argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(argument, "a bool", f"{value!r} of type {type(value).__name__}")
+
+
 def check_int(argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(argument, "an int", f"{value!r} of type {type(value).__name__}")

@@ -15,6 +15,7 @@ from nsa_triton.limits import check
 from nsa_triton.ops._common import pages
 from nsa_triton.ops._common.arguments import (
     Meta,
+    check_bool,
     check_int,
     check_rank,
     check_same_device,
@@ -56,8 +57,7 @@ def check_types(
     for name in (KVLEN, QLEN):
         if not (on_device(call[name]) or (name == QLEN and call[name] is None)):
             host_ints(call[name], name)
-    if not isinstance(call["return_lse"], bool):
-        raise ArgumentTypeError("return_lse", "a bool", type(call["return_lse"]).__name__)
+    check_bool("return_lse", call["return_lse"])
     check_impl(call["impl"])
 
 

@@ -42,8 +42,7 @@ def check_types(**call: Any) -> None:
         host_ints(call[name], name)
     if call.get(SEL_LEN) is not None:
         host_ints(call[SEL_LEN], SEL_LEN)
-    if not isinstance(call["causal"], bool):
-        raise ArgumentTypeError("causal", "a bool", f"{call['causal']!r} of type {type(call['causal']).__name__}")
+    arguments.check_bool("causal", call["causal"])
     if "importance" in call:
         arguments.check_importance(call["importance"])
     check_impl(call["impl"])
