@@ -98,10 +98,11 @@ class RaggedImplementations:
     def test_there_are_no_second_derivatives(self, impl):
         problem = self.op.differentiable()
         output = self.op(problem, impl)[0]
-        grad = self.op.random_grad(problem).requires_grad_()
-        gradients = torch.autograd.grad(output, problem[:3], grad, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradients[0].sum().backward()
+        grad = self.op.random_grad(problem)
+        for given in (grad, grad.clone().requires_grad_()):
+            gradients = torch.autograd.grad(output, problem[:3], given, create_graph=True, retain_graph=True)
+            with pytest.raises(RuntimeError, match=r"create_graph: expected .* differentiable once"):
+                gradients[0].sum().backward()
         parts = self.op.gradient(grad=grad, **self.op.arguments(problem, impl), **self.op.given(problem))
         assert not any(part.requires_grad for part in parts)
 

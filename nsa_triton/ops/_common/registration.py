@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from nsa_triton.errors import ArgumentValueError
+
 NAMESPACE = "nsa_triton"
 # PrivateUse1 is what Ascend NPUs are to PyTorch; by this name it needs no torch_npu.
 DISPATCH_KEYS = ("CPU", "CUDA", "PrivateUse1")
@@ -34,3 +36,13 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
+
+
+def differentiable_once(function: str) -> Callable[..., None]:
+    """The `backward` of an operator that computes the gradient of `function`: a refusal. With none, a loss that is made
+    of gradients would lose terms in silence."""
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise ArgumentValueError("create_graph", f"False: {function} is differentiable once", True)
+
+    return refuse

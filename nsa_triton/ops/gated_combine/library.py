@@ -1,7 +1,7 @@
 """The registered operators nsa_triton::gated_combine and nsa_triton::gated_combine_grad.
 
 They check shapes themselves: a graph made by torch.compile does not come through the checks of api.py. The gradient of
-the first is the second, which has none.
+the first is the second, which refuses to be differentiated.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsa_triton.limits import mode_in_force
 from nsa_triton.ops._common.implementation import launcher, run
-from nsa_triton.ops._common.registration import register
+from nsa_triton.ops._common.registration import differentiable_once, register
 from nsa_triton.ops.gated_combine import reference
 from nsa_triton.ops.gated_combine.contract import check_tensors
 
@@ -79,7 +78,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.impl = impl
 
 
-@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gated_combine_grad(grad, *ctx.saved_tensors, ctx.impl), None)
 
@@ -99,4 +97,5 @@ gated_combine_grad: Callable[..., Gradients] = register(
     f"(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _gated_combine_grad,
     _gated_combine_grad_fake,
+    backward=differentiable_once("nsa_gated_combine"),
 )

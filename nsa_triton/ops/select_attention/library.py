@@ -1,8 +1,4 @@
-"""The registered operators nsa_triton::select_attention and nsa_triton::select_attention_grad.
-
-They check shapes and values themselves: a graph made by torch.compile does not come through the checks of api.py. The
-gradient of the first is the second, which has none.
-"""
+"""The registered operators nsa_triton::select_attention and nsa_triton::select_attention_grad."""
 
 from __future__ import annotations
 
@@ -11,24 +7,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nsa_triton.limits import mode_in_force
-from nsa_triton.ops._common.dense import with_dense_rows
-from nsa_triton.ops._common.implementation import launcher, run
 from nsa_triton.ops._common.indices import as_int32
-from nsa_triton.ops._common.registration import register
+from nsa_triton.ops._common.ragged_operator import (
+    Direction,
+    Gradients,
+    New,
+    gradients_of,
+    register_ragged_attention,
+    tensors_of,
+    with_rows,
+)
 from nsa_triton.ops._common.statistics import STATE
 from nsa_triton.ops.select_attention import reference
 from nsa_triton.ops.select_attention.contract import check_call, refuse_bad_ids
 from nsa_triton.settings import settings
 
-Outputs = tuple[Tensor, Tensor, Tensor]
 
+class Call(NamedTuple):
+    """The arguments of the operator."""
 
-class Rest(NamedTuple):
-    """The arguments that both operators have behind their tensors."""
-
+    query: Tensor  # [T1, N1, Dk]
+    key: Tensor  # [T2, N2, Dk]
+    value: Tensor  # [T2, N2, Dv]
+    topk_indices: Tensor  # [T1, N2, K]
     query_ends: list[int]
     key_ends: list[int]
     scale: float
@@ -37,14 +39,9 @@ class Rest(NamedTuple):
     impl: str
 
 
-class Forward(NamedTuple):
-    query: Tensor  # [T1, N1, Dk]
-    key: Tensor  # [T2, N2, Dk]
-    value: Tensor  # [T2, N2, Dv]
-    topk_indices: Tensor  # [T1, N2, K]
+class GradCall(NamedTuple):
+    """The arguments of the gradient."""
 
-
-class Backward(NamedTuple):
     grad: Tensor  # [T1, N1, Dv]
     query: Tensor
     key: Tensor
@@ -53,114 +50,62 @@ class Backward(NamedTuple):
     softmax_max: Tensor  # [T1, N1, 8] float32
     softmax_sum: Tensor
     topk_indices: Tensor
+    query_ends: list[int]
+    key_ends: list[int]
+    scale: float
+    select_block_size: int
+    causal: bool
+    impl: str
 
 
-Tensors = Forward | Backward
+def _check(call: Call | GradCall, mode: str) -> None:
+    numbers = {"select_block_size": call.select_block_size}
+    check_call(tensors_of(call), tuple(call.query_ends), tuple(call.key_ends), numbers, mode=mode)
 
 
-def _select_attention(*arguments: Any) -> Outputs:
-    tensors, rest = Forward(*arguments[:4]), Rest(*arguments[4:])
-    _check(tensors, rest, "structural")
-    if tensors.query.shape[0] == 0 or tensors.query.shape[1] == 0:
-        return _outputs(tensors)
-    call = _canonical(tensors, rest)
-
-    def specification() -> Outputs:
-        out, softmax_max, softmax_sum = reference.forward(*call)
-        return out, softmax_max.float(), softmax_sum.float()
-
-    return run(
-        rest.impl,
-        tensors.query.dtype,
-        kernels=lambda: launcher("select_attention").forward(*call),
-        reference=specification,
-        argument="query",
-    )
-
-
-def _select_attention_fake(*arguments: Any) -> Outputs:
-    tensors = Forward(*arguments[:4])
-    _check(tensors, Rest(*arguments[4:]), mode_in_force())
-    return _outputs(tensors)
-
-
-def _outputs(tensors: Forward) -> Outputs:
-    query = tensors.query
-    softmax_max, softmax_sum = (query.new_empty((*query.shape[:2], STATE), dtype=torch.float32) for _ in range(2))
-    return query.new_empty((*query.shape[:2], tensors.value.shape[2])), softmax_max, softmax_sum
-
-
-def _select_attention_grad(*arguments: Any) -> Outputs:
-    tensors, rest = Backward(*arguments[:8]), Rest(*arguments[8:])
-    _check(tensors, rest, "structural")
-    if tensors.query.shape[0] == 0 or tensors.query.shape[1] == 0:
-        return _gradients(tensors, torch.Tensor.new_zeros)
-    call = _canonical(tensors, rest)
-    return run(
-        rest.impl,
-        tensors.query.dtype,
-        kernels=lambda: launcher("select_attention").backward(*call),
-        reference=lambda: reference.backward(*call),
-        argument="query",
-    )
-
-
-def _select_attention_grad_fake(*arguments: Any) -> Outputs:
-    tensors = Backward(*arguments[:8])
-    _check(tensors, Rest(*arguments[8:]), mode_in_force())
-    return _gradients(tensors, torch.Tensor.new_empty)
-
-
-def _gradients(tensors: Backward, new: Callable[..., Tensor]) -> Outputs:
-    query_grad, key_grad, value_grad = (new(tensor, tensor.shape) for tensor in tensors[1:4])
-    return query_grad, key_grad, value_grad
-
-
-def _check(tensors: Tensors, rest: Rest, mode: str) -> None:
-    numbers = {"select_block_size": rest.select_block_size}
-    check_call(tensors._asdict(), tuple(rest.query_ends), tuple(rest.key_ends), numbers, mode=mode)
-
-
-def _canonical(tensors: Tensors, rest: Rest) -> tuple[Any, ...]:
-    """The arguments as kernels want them: int32 ids side by side, rows of consecutive elements, and tuples."""
-    *others, ids = tensors
-    query_ends, key_ends = tuple(rest.query_ends), tuple(rest.key_ends)
+def _canonical(call: Call | GradCall) -> Call | GradCall:
+    """Rows of consecutive elements, and int32 ids side by side."""
+    ids = call.topk_indices
     if settings().check_indices:
-        refuse_bad_ids(ids, query_ends, key_ends, rest.select_block_size)
-    rows = map(with_dense_rows, others)
-    ids = as_int32("topk_indices", ids).contiguous()
-    return (*rows, ids, query_ends, key_ends, rest.scale, rest.select_block_size, rest.causal)
+        refuse_bad_ids(ids, tuple(call.query_ends), tuple(call.key_ends), call.select_block_size)
+    canonical: Call | GradCall = with_rows(call, but=("topk_indices",))
+    return canonical._replace(topk_indices=as_int32("topk_indices", ids).contiguous())
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    out, softmax_max, softmax_sum = output
-    ctx.mark_non_differentiable(softmax_max, softmax_sum)
-    query, key, value, topk_indices, *rest = inputs
-    ctx.save_for_backward(query, key, value, out, softmax_max, softmax_sum, topk_indices)
-    ctx.rest = tuple(rest)
+def _specification(*arguments: Any) -> tuple[Tensor, ...]:
+    out, softmax_max, softmax_sum = reference.forward(*arguments)
+    return out, softmax_max.float(), softmax_sum.float()
 
 
-@once_differentiable
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = select_attention_grad(grad, *ctx.saved_tensors, *ctx.rest)
-    return (*gradients, None, *(None for _ in ctx.rest))
+def _results(call: Call, new: New) -> tuple[Tensor, ...]:
+    rows = call.query.shape[:2]
+    softmax_max, softmax_sum = (new(call.query, (*rows, STATE), dtype=torch.float32) for _ in range(2))
+    return new(call.query, (*rows, call.value.shape[2])), softmax_max, softmax_sum
 
 
 _REST = "SymInt[] query_ends, SymInt[] key_ends, float scale, int select_block_size, bool causal, str impl"
 _RESULTS = "(Tensor, Tensor, Tensor)"
 
-select_attention: Callable[..., Outputs] = register(
+select_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
+select_attention_grad: Callable[..., Gradients]
+select_attention, select_attention_grad = register_ragged_attention(
     "select_attention",
-    f"(Tensor query, Tensor key, Tensor value, Tensor topk_indices, {_REST}) -> {_RESULTS}",
-    _select_attention,
-    _select_attention_fake,
-    setup_context=_save,
-    backward=_backward,
-)
-select_attention_grad: Callable[..., Outputs] = register(
-    "select_attention_grad",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor attention_out, Tensor softmax_max,"
-    f" Tensor softmax_sum, Tensor topk_indices, {_REST}) -> {_RESULTS}",
-    _select_attention_grad,
-    _select_attention_grad_fake,
+    Direction(
+        f"(Tensor query, Tensor key, Tensor value, Tensor topk_indices, {_REST}) -> {_RESULTS}",
+        Call,
+        check=_check,
+        canonical=_canonical,
+        specification=_specification,
+        results=_results,
+    ),
+    Direction(
+        "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor attention_out, Tensor softmax_max,"
+        f" Tensor softmax_sum, Tensor topk_indices, {_REST}) -> {_RESULTS}",
+        GradCall,
+        check=_check,
+        canonical=_canonical,
+        specification=reference.backward,
+        results=gradients_of,
+    ),
+    outputs=("attention_out", "softmax_max", "softmax_sum"),
 )
