@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -183,43 +183,55 @@ def _finish_in_time(
     """Resume the core whose next use of the shared memory comes first."""
     queue: list[tuple[float, int, _Turn]] = []
     number = itertools.count()
-    blocked: list[_Turn] = []
+    at_work: list[_Team] = []
     finished = 0
 
-    def start(team: list[Running]) -> None:
-        members = [_Turn(core, code, [core for core, _ in team]) for core, code in team]
-        for member in members:
-            heapq.heappush(queue, (_now(member.core), next(number), member))
+    def start(running: list[Running]) -> None:
+        team = _Team([core for core, _ in running])
+        if running:
+            at_work.append(team)
+        for core, code in running:
+            heapq.heappush(queue, (_now(core), next(number), _Turn(core, code, team)))
 
-    for team in teams:
-        start(team)
+    for first in teams:
+        start(first)
     while queue:
         _, _, member = heapq.heappop(queue)
         turn = next(member.code, _DONE)
+        team = member.team
         if turn is None:  # it waits for another core
-            blocked.append(member)
+            team.blocked.append(member)
         elif isinstance(turn, float):
             heapq.heappush(queue, (turn, next(number), member))
         else:
-            member.team.remove(member.core)
+            team.running.remove(member.core)
             timing.working[member.core.role] -= 1
-            if not member.team:
+            if not team.running:
+                at_work.remove(team)
                 finished += 1
                 if progress is not None:
                     progress(finished)
                 start(next_team(max(_now(core) for core in (member.core, *member.core.peers))))
-        for other in [other for other in blocked if other.core.flag_arrived()]:
-            blocked.remove(other)
+        for other in [other for other in team.blocked if other.core.flag_arrived()]:
+            team.blocked.remove(other)
             heapq.heappush(queue, (_now(other.core), next(number), other))
-    if blocked:
-        _deadlock([member.core for member in blocked])
+    if at_work:
+        _deadlock([member.core for team in at_work for member in team.blocked])
+
+
+@dataclass(eq=False)
+class _Team:
+    """The cores of a block: those that still run, and of these those that wait for another one."""
+
+    running: list[Core]
+    blocked: list[_Turn] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Turn:
     core: Core
     code: Iterator[Any]
-    team: list[Core]  # of its block, those that still run
+    team: _Team
 
 
 def _now(core: Core) -> float:
