@@ -11,7 +11,7 @@ from nsa_triton.errors import ConfigError
 
 VARIABLES = {
     "NSA_TRITON_CACHE_DIR": "folder for compiled code (default: ~/.cache/nsa_triton)",
-    "NSA_TRITON_CONFIG_DIR": "folder of tuned configs that replaces the shipped autotune_configs",
+    "NSA_TRITON_CONFIG_DIR": "folder of tuned configs that come before the shipped autotune_configs",
     "NSA_TRITON_COMPILERS": "further folders that hold an ascendnpuir package, separated like PATH",
     "NSA_TRITON_LIMITS": "structural (default) or documented: also refuse what CANN's documents refuse",
     "NSA_TRITON_CHECK_INDICES": "0 (default) or 1: read block tables, ids and slots back and refuse bad entries",

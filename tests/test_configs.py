@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from nsa_triton.errors import ConfigError
+from nsa_triton.runtime import configs
 from nsa_triton.runtime.configs import config_root, load, lookup, overriding
 from nsa_triton.runtime.target import Target
 
@@ -36,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     def write(target, *entries, **changes):
         place = tmp_path / target
         place.mkdir(exist_ok=True)
-        content = {"schema": 1, "op": "op", "target": target, "entries": list(entries), **changes}
+        content = {"schema": 1, "op": "op", "target": place.name, "entries": list(entries), **changes}
         (place / "op.json").write_text(json.dumps(content))
         load.cache_clear()
 
@@ -61,6 +62,20 @@ def test_there_are_defaults():
 def test_the_targets_own_file_comes_first(folder):
     folder("default", entry(tiles={"BT": 16}))
     assert find().tiles == {"BT": 16}
+
+
+def test_what_a_folder_of_ones_own_lacks_is_taken_from_the_shipped_one(folder, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(configs, "_shipped_configs", lambda: shipped)
+    for place, tile in (("shipped/default", 16), ("shipped/AscendTest", 32)):
+        folder(place, entry(tiles={"BT": tile}))
+    assert find().tiles == {"BT": 32}
+    folder("default", entry(tiles={"BT": 48}, key={"D": 64}))
+    assert find(D=128).tiles == {"BT": 32}
+    assert find(D=64).tiles == {"BT": 48}
+    monkeypatch.delenv("NSA_TRITON_CONFIG_DIR")
+    assert find(D=64).tiles == {"BT": 32}
 
 
 def test_own_entry_wins_over_default(folder):

@@ -21,7 +21,7 @@ from nsa_triton.ascend.toolchain import (
     triton_owners,
 )
 from nsa_triton.cli.view import print_json
-from nsa_triton.runtime.configs import config_root
+from nsa_triton.runtime.configs import config_roots
 from nsa_triton.runtime.target import present_targets, target_of
 from nsa_triton.settings import VARIABLES
 
@@ -91,6 +91,6 @@ PROBES: dict[str, Callable[[], str]] = {
     "hivmc (CANN)": lambda: str(hivmc() or "not found: compiles end at the HIVM module"),
     "llvmlite": _version("llvmlite"),
     "targets": _targets,
-    "configs": lambda: str(config_root()),
+    "configs": lambda: ", then ".join(map(str, config_roots())),
     "settings": _settings,
 }

@@ -1,8 +1,9 @@
 """Tile sizes: load, check and look up the files under autotune_configs.
 
-A config is a pure function of (op, kernel, target, key, length): nothing is measured in a user's call. Entries of the
-target's own file are tried first, then those of `default/`; within a file the first entry whose key matches and whose
-`length` is the largest not above the request wins.
+A config is a pure function of (op, kernel, target, key, length): nothing is measured in a user's call. The user's
+folder, if there is one, comes before the shipped one; in each, entries of the target's own file are tried first, then
+those of `default/`; within a file the first entry whose key matches and whose `length` is the largest not above the
+request wins.
 """
 
 from __future__ import annotations
@@ -60,9 +61,15 @@ def _fits(wanted: Any, value: Any) -> bool:
 
 
 def config_root() -> Path:
-    """The folder of configs: the user's, the one inside the installed package, or the repository's."""
+    """The folder whose configs come first: the user's, the one inside the installed package, or the repository's."""
+    return config_roots()[0]
+
+
+def config_roots() -> tuple[Path, ...]:
+    """The folders of configs in the order in which they are asked. What the user's lacks, the shipped one has."""
     given = settings().config_dir
-    return given if given is not None else _shipped_configs()
+    shipped = _shipped_configs()
+    return (shipped,) if given is None else (given, shipped)
 
 
 @functools.cache
@@ -78,7 +85,7 @@ def lookup(op: str, kernel: str, target: Target, key: Mapping[str, Any], length:
     if instead is not None:
         return instead
     wanted = tuple(({**key, "compiler": target.compiler} if target.compiler else key).items())
-    found = _lookup(config_root(), op, kernel, target.name, wanted, length, tiles)
+    found = _lookup(config_roots(), op, kernel, target.name, wanted, length, tiles)
     _LISTENER.get()(op, wanted, length, tiles, found)
     return found
 
@@ -115,11 +122,12 @@ def overriding(
 
 @functools.lru_cache(maxsize=4096)
 def _lookup(
-    root: Path, op: str, kernel: str, target: str, items: KeyItems, length: int, tiles: tuple[str, ...]
+    roots: tuple[Path, ...], op: str, kernel: str, target: str, items: KeyItems, length: int, tiles: tuple[str, ...]
 ) -> Config:
     key = dict(items)
-    for folder in (target, "default"):
-        fitting = [c for c in load(root / folder / f"{op}.json") if c.kernel == kernel and c.matches(key, length)]
+    files = [root / folder / f"{op}.json" for root in roots for folder in (target, "default")]
+    for file in files:
+        fitting = [c for c in load(file) if c.kernel == kernel and c.matches(key, length)]
         if fitting:
             best = max(fitting, key=lambda c: c.length)  # of equal lengths, the first
             if set(best.tiles) != set(tiles):
@@ -127,11 +135,11 @@ def _lookup(
                     f"{best.file}: entry for {kernel} with key {dict(best.key)}: expected the tiles "
                     f"{', '.join(tiles)}, got {', '.join(best.tiles) or 'none'}"
                 )
-            _say_once(op, target, best.file, folder == target)
+            _say_once(op, target, file, file.parent.name == target)
             return best
     raise ConfigError(
-        f"no config for {kernel} with key {key} and length {length} in {root}/{target}/{op}.json or "
-        f"{root}/default/{op}.json; add an entry (autotune_configs/README.md describes the format)"
+        f"no config for {kernel} with key {key} and length {length} in {' or '.join(map(str, files))}; "
+        "add an entry (autotune_configs/README.md describes the format)"
     )
 
 
