@@ -51,6 +51,7 @@ def given(monkeypatch):
         monkeypatch.setattr(f"nsa_triton.tuning.{module}.evaluate", evaluated)
     monkeypatch.setattr(plans, "winners", lambda *_: [])  # what ships must not matter here
     monkeypatch.setattr("nsa_triton.tuning.tune.what_is_wrong", lambda sweep, one: wrong.get(str(one), ""))
+    monkeypatch.setattr("nsa_triton.tuning.tune.slower_when_longer", lambda sweep, one: "")
     return wrong
 
 
@@ -126,7 +127,7 @@ def test_the_table_the_progress_and_the_file(capsys, given, tmp_path):
     found = capsys.readouterr()
     row = next(line for line in found.out.splitlines() if CHIP in line)
     assert "512.0    16.0 32.00 BD=16 multibuffer=False" in row
-    assert "gives wrong numbers: cache is off" in found.out
+    assert "is not kept: cache is off" in found.out
     file = tmp_path / CHIP / "compress_infer.json"
     assert f"written: {file}" in found.out
     assert json.loads(file.read_text())["entries"][0]["tiles"] == {"BD": 16}

@@ -174,8 +174,8 @@ def _tell(results: Sequence[Result], options: argparse.Namespace) -> None:
         table.add_row(*_row(result))
     console().print(table)
     for result in results:
-        for candidate, said in result.wrong.items():
-            console().print(f"[red]{result.sweep}: {candidate} gives wrong numbers: {said}[/]", soft_wrap=True)
+        for candidate, said in result.refused.items():
+            console().print(f"[red]{result.sweep}: {candidate} is not kept: {said}[/]", soft_wrap=True)
         if result.problem:
             console().print(f"[red]{result.problem}[/]", soft_wrap=True)
     for file in dict.fromkeys(result.file for result in results if result.file):

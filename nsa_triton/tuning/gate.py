@@ -1,5 +1,4 @@
-"""Whether the numbers of a candidate are right: the check cases of the op, with its tiles, on a device or on this CPU,
-and as programs of the chip in its simulator.
+"""What keeps a fast candidate from being kept: wrong numbers, or a loss at lengths that its entry would serve too.
 
 Times are compared among candidates that may be wrong; nothing is kept that did not pass here.
 """
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,10 +21,33 @@ from nsa_triton.ops.catalog import families
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulating
 from nsa_triton.runtime.target import KIND_OF_DEVICE
-from nsa_triton.tuning.evaluation import choices, workload_of
+from nsa_triton.tuning.evaluation import choices, evaluate, workload_of
 from nsa_triton.tuning.planning import choosing
-from nsa_triton.tuning.sweep import Candidate, Sweep
+from nsa_triton.tuning.plans import default_of
+from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
 from nsa_triton.tuning.timing import place_named
+
+LONGER = 4  # times the length that was tuned
+
+
+def slower_when_longer(sweep: Sweep, candidate: Candidate) -> str:
+    """ "" unless the default is faster where sequences are much longer: the entry will serve these too. The CPU target,
+    which is for numbers, not for speed, is not asked."""
+    if workload_of(sweep)[1].target.kind == "cpu":
+        return ""
+    longer = replace(sweep, tokens=LONGER * sweep.tokens)
+    ours, default = evaluate(longer, candidate), _of_default(longer)
+    if ours.us is None:
+        return f"{ours.verdict} at {longer.tokens} tokens: {ours.why}"
+    if default.us is not None and default.us < ours.us:
+        return f"takes {ours.us / default.us:.2f} times as long as the default at {longer.tokens} tokens"
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _of_default(sweep: Sweep) -> Verdict:
+    """The same for all candidates."""
+    return evaluate(sweep, default_of(sweep))
 
 
 def what_is_wrong(sweep: Sweep, candidate: Candidate) -> str:

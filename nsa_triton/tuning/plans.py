@@ -13,7 +13,7 @@ import nsa_triton
 from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.errors import ArgumentValueError
 from nsa_triton.ops.catalog import Family, families
-from nsa_triton.runtime.configs import Config, config_root, load, lookup
+from nsa_triton.runtime.configs import Config, config_roots, load, lookup
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target
 from nsa_triton.tuning.evaluation import evaluate, refusal, timed_launches, workload_of
@@ -68,17 +68,20 @@ class Planned:
     def search(self) -> Search:
         _, place, space = workload_of(self.sweep)
         kind = place.target.kind
-        return Search(self.default, self.tiles, space.options(kind), winners(space, self.sweep.family, kind))
+        early = winners(space, self.sweep.family, kind, dict(self.asked.key))
+        return Search(self.default, self.tiles, space.options(kind), early)
 
     def journal(self, *, fresh: bool = False) -> Journal:
         return Journal(journal_path(self.sweep, self.identity), self.identity, fresh=fresh)
 
 
-def winners(space: Space, family: str, kind: str) -> list[Candidate]:
-    """What was found for this kernel, whatever it was tuned for: the entries of all targets but the default ones."""
-    files = sorted(config_root().glob(f"*/{family}.json"))
+def winners(space: Space, family: str, kind: str, key: Mapping[str, Any]) -> list[Candidate]:
+    """What was found for this kernel, whatever it was tuned for: the entries of all targets but the default ones.
+    Those whose keys have most in common with this one come first."""
+    files = [file for root in config_roots() for file in sorted(root.glob(f"*/{family}.json"))]
     entries = [entry for file in files for entry in load(file) if entry.kernel == space.kernel]
     tuned = [entry for entry in entries if entry.evidence["how"] != "default"]
+    tuned.sort(key=lambda entry: -sum(key.get(name) == value for name, value in entry.key.items()))
     found = ({name: entry.tiles[name] for name in space.tiles} for entry in tuned)
     options = (entry.options.get(kind, {}) for entry in tuned)
     return list(dict.fromkeys(map(Candidate.of, found, options)))
@@ -122,9 +125,7 @@ def plan(sweep: Sweep) -> Planned:
             others.append((kernel, Candidate.of(config.tiles, config.options.get(kind, {}))))
     whole = replace(sweep, others=tuple(others))
     mine = asked[sweep.kernel]
-    config = _default(mine, place.target)
-    sizes = {name: config.tiles[name] for name in space.tiles}
-    default = Candidate.of(sizes, config.options.get(kind, {}))
+    default = _candidate(_default(mine, place.target), space, kind)
     tiles = [Candidate(tuple(tiles.items()), default.options) for tiles in space.candidates(kind)]
     launches = [fingerprint(launch) for launch in timed_launches(whole, default)]
     source = hashlib.sha256(repr(launches).encode()).hexdigest()[:12]
@@ -135,6 +136,18 @@ def plan(sweep: Sweep) -> Planned:
         "nsa_triton": nsa_triton.__version__, **place.versions(),
     }  # fmt: skip
     return Planned(whole, mine, default, tuple(_worth_trying(whole, default, tiles)), len(tiles), identity, source)
+
+
+def default_of(sweep: Sweep) -> Candidate:
+    """What the kernel is launched with while nothing is tuned."""
+    work, place, space = workload_of(sweep)
+    (mine,) = (one for one in asked_for(work, place) if one.kernel == sweep.kernel)
+    return _candidate(_default(mine, place.target), space, place.target.kind)
+
+
+def _candidate(config: Config, space: Space, kind: str) -> Candidate:
+    sizes = {name: config.tiles[name] for name in space.tiles}
+    return Candidate.of(sizes, config.options.get(kind, {}))
 
 
 def _default(asked: Asked, target: Target) -> Config:

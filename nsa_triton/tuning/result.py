@@ -28,7 +28,7 @@ class Result:
     runners_up: tuple[tuple[Candidate, float], ...] = ()
     tried: int = 0
     left: int = 0  # candidates that were not tried
-    wrong: Mapping[str, str] = field(default_factory=dict)  # what the gate said of candidates
+    refused: Mapping[str, str] = field(default_factory=dict)  # what the gate said of candidates
     file: Path | None = None
     problem: str = ""
 
@@ -47,7 +47,7 @@ class Result:
             "chip": sweep.chip, "compiler": sweep.compiler, "default": self.default.to_json(),
             "default_us": self.default_us, "best": self.best and self.best.to_json(), "us": self.us,
             "runners_up": [{**one.to_json(), "us": us} for one, us in self.runners_up],
-            "tried": self.tried, "left": self.left, "wrong": dict(self.wrong),
+            "tried": self.tried, "left": self.left, "refused": dict(self.refused),
             "file": str(self.file) if self.file else None, "problem": self.problem,
         }  # fmt: skip
 

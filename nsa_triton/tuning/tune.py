@@ -14,7 +14,7 @@ from typing import Protocol
 
 from nsa_triton.errors import ConfigError, ToolchainError
 from nsa_triton.tuning.evaluation import evaluate, workload_of
-from nsa_triton.tuning.gate import what_is_wrong
+from nsa_triton.tuning.gate import slower_when_longer, what_is_wrong
 from nsa_triton.tuning.journal import RIGHT, Journal
 from nsa_triton.tuning.merge import merge
 from nsa_triton.tuning.plans import Planned, plan
@@ -26,6 +26,7 @@ from nsa_triton.tuning.workers import Workers
 from nsa_triton.tuning.workers import workers as team
 
 RUNNERS_UP = 5
+MARGIN = 1.02  # the default takes at least so many times as long as a winner; less says little
 TURNS = 3  # in which the best of a measured sweep are measured again, against the default
 
 
@@ -70,28 +71,29 @@ def _result(future: Future[Verdict]) -> Verdict:
 
 
 def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
-    """The best candidate whose numbers are right, if it is better than the default."""
+    """The best candidate that the gate lets pass, if it is clearly better than the default."""
     times = _final_times(planned, search)
-    ranked = sorted(times, key=lambda candidate: (times[candidate], candidate != planned.default))
-    wrong: dict[str, str] = {}
+    ranked = sorted(times, key=lambda one: times[one] / (MARGIN if one == planned.default else 1))
+    refused: dict[str, str] = {}
     best = None
     for candidate in ranked:
         said = RIGHT if candidate == planned.default else _gate(planned, journal, candidate)
         if said == RIGHT:
             best = candidate
             break
-        wrong[str(candidate)] = said
-    others = [one for one in ranked if one != best and str(one) not in wrong]
+        refused[str(candidate)] = said
+    others = [one for one in ranked if one != best and str(one) not in refused]
     return Result(
         planned.sweep, planned.default, times.get(planned.default), best, times[best] if best else None,
         tuple((one, times[one]) for one in others[:RUNNERS_UP]), len(search.verdicts),
-        max(0, search.total - len(search.verdicts)), wrong,
+        max(0, search.total - len(search.verdicts)), refused,
     )  # fmt: skip
 
 
 def _gate(planned: Planned, journal: Journal, candidate: Candidate) -> str:
     if candidate not in journal.gated:
-        journal.note_gate(candidate, what_is_wrong(planned.sweep, candidate))
+        said = slower_when_longer(planned.sweep, candidate) or what_is_wrong(planned.sweep, candidate)
+        journal.note_gate(candidate, said)
     return journal.gated[candidate]
 
 

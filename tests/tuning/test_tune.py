@@ -28,7 +28,7 @@ from nsa_triton.runtime.simulation import simulated_times, simulating
 from nsa_triton.runtime.target import target_of
 from nsa_triton.tuning import gate, merge, planning, plans, tune
 from nsa_triton.tuning.evaluation import evaluate
-from nsa_triton.tuning.gate import what_is_wrong
+from nsa_triton.tuning.gate import slower_when_longer, what_is_wrong
 from nsa_triton.tuning.journal import journal_path
 from nsa_triton.tuning.result import Result, entry
 from nsa_triton.tuning.space import space_of
@@ -85,7 +85,8 @@ def rank(monkeypatch):
 
         monkeypatch.setattr("nsa_triton.tuning.workers.Here", Given)
         monkeypatch.setattr(plans, "winners", lambda *_: [])  # what ships must not matter here
-        monkeypatch.setattr(tune, "what_is_wrong", lambda sweep, one: "")
+        for asked in ("what_is_wrong", "slower_when_longer"):
+            monkeypatch.setattr(tune, asked, lambda sweep, one: "")
 
     return ranked
 
@@ -161,8 +162,8 @@ def test_a_kernel_that_two_ops_share_is_tuned_once():
 def test_winners_of_other_chips_are_tried_early(tmp_path, monkeypatch):
     def file(target, *tiles_and_how):
         found = [
-            {"kernel": "compress_infer", "key": {}, "length": 0, "tiles": {"BD": size}, "options": {},
-             "evidence": {"how": how}} for size, how in tiles_and_how
+            {"kernel": "compress_infer", "key": {"piece": 2 * size}, "length": 0, "tiles": {"BD": size},
+             "options": {}, "evidence": {"how": how}} for size, how in tiles_and_how
         ]  # fmt: skip
         found += [{**found[0], "kernel": "another"}]
         text = json.dumps({"schema": 1, "op": "compress_infer", "target": target, "entries": found})
@@ -172,10 +173,11 @@ def test_winners_of_other_chips_are_tried_early(tmp_path, monkeypatch):
     file("default", (256, "default"))
     file("Ascend910B4", (48, "simulated"), (96, "measured"))
     file("Ascend910_9392", (96, "simulated"))
-    monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(plans, "config_roots", lambda: (tmp_path,))
     merge.forget_configs()
-    found = plans.winners(space_of("compress_infer", "compress_infer"), "compress_infer", "npu")
-    assert found == [candidate(BD=48), candidate(BD=96)]
+    space = space_of("compress_infer", "compress_infer")
+    assert plans.winners(space, "compress_infer", "npu", {"piece": 16}) == [candidate(BD=48), candidate(BD=96)]
+    assert plans.winners(space, "compress_infer", "npu", {"piece": 192}) == [candidate(BD=96), candidate(BD=48)]
 
 
 def test_another_workload_compiler_or_limit_is_another_sweep():
@@ -218,6 +220,14 @@ def test_where_nothing_works_nothing_is_written(tmp_path, rank):
     assert not (tmp_path / "configs").exists()
 
 
+def test_the_default_stays_where_the_gain_says_little(tmp_path, rank):
+    rank(lambda one: timed(100.0 if dict(one.tiles)["BD"] == 512 else 98.5))
+    result = searched(tmp_path)
+    assert dict(result.default.tiles) == {"BD": 512}
+    assert (result.best, result.us, result.file) == (result.default, 100.0, None)
+    assert [us for _, us in result.runners_up] == [98.5] * 5
+
+
 def test_a_candidate_with_wrong_numbers_is_never_kept(tmp_path, rank, monkeypatch):
     """The ranking says that the broken one is the best by far."""
     rank(smaller_is_better)
@@ -230,7 +240,7 @@ def test_a_candidate_with_wrong_numbers_is_never_kept(tmp_path, rank, monkeypatc
     monkeypatch.setattr(tune, "what_is_wrong", wrong)
     result = searched(tmp_path)
     assert result.best == candidate(BD=32)
-    assert set(result.wrong) == {"BD=16", "BD=16 multibuffer=False"}
+    assert set(result.refused) == {"BD=16", "BD=16 multibuffer=False"}
     assert [dict(one.tiles)["BD"] for one in asked] == [16, 16, 32]
     assert all(dict(one["tiles"])["BD"] != 16 for one in entries(tmp_path)[0]["evidence"]["runners_up"])
     asked.clear()
@@ -274,6 +284,24 @@ def test_the_gate_also_asks_the_program_of_the_chip(monkeypatch):
     found = what_is_wrong(sweep, SMALLEST)
     assert found.startswith("race: this reads what that writes (kernels.py:1) in nsa_compress_infer ")
     assert found.endswith(f"in the simulator of {CHIP}")
+
+
+def test_what_wins_at_one_length_must_not_lose_at_a_longer_one(monkeypatch):
+    """There its entry serves too."""
+    sweep, default, other = tiny_sweep(), tiny_plan().default, SMALLEST
+    assert sweep.tokens == 64
+    given = {(256, default): timed(10.0)}
+    monkeypatch.setattr(gate, "evaluate", lambda of, one: given[of.tokens, one])
+    gate._of_default.cache_clear()
+    given[256, other] = timed(10.0)
+    assert slower_when_longer(sweep, other) == ""
+    given[256, other] = timed(23.0)
+    assert slower_when_longer(sweep, other) == "takes 2.30 times as long as the default at 256 tokens"
+    given[256, other] = Verdict("compiler", "UB overflow")
+    assert slower_when_longer(sweep, other) == "compiler at 256 tokens: UB overflow"
+    given.clear()
+    assert slower_when_longer(tiny_sweep(chips=[("cpu", None)]), other) == ""
+    gate._of_default.cache_clear()
 
 
 def test_the_unified_buffer_is_filled_to_the_limit_only():
@@ -427,7 +455,6 @@ def test_the_winner_is_used_by_the_next_call_and_is_faster(tuned, monkeypatch, c
     assert result.wins
     assert result.us < result.default_us
     assert simulated_call().us == pytest.approx(result.default_us)
-    # A folder of configs replaces the shipped one as a whole.
     monkeypatch.setenv("NSA_TRITON_CONFIG_DIR", str(place / "configs"))
     merge.forget_configs()
     with caplog.at_level(logging.INFO, logger="nsa_triton"):
