@@ -69,7 +69,10 @@ class Style:
         return THEMES[self.theme][name]
 
     def line(self, number: int) -> dict[str, Any]:
-        return {"color": COLOURS[self.theme][number % 9], "marker": MARKERS[number % 9], "markersize": 5}
+        """Colours come again after nine lines, with other markers."""
+        turn, place = divmod(number, len(MARKERS))
+        marker = MARKERS[(place + 4 * turn) % len(MARKERS)]
+        return {"color": COLOURS[self.theme][place], "marker": marker, "markersize": 5}
 
 
 def plotter() -> Any:
@@ -102,6 +105,7 @@ def _settings(colours: dict[str, str]) -> dict[str, Any]:
         **ink, **paper, "axes.edgecolor": colours[FAINT], "grid.color": colours[FAINT], "font.size": 11,
         "axes.titlesize": 12, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.1,
     }  # fmt: skip
 
 
@@ -226,9 +230,7 @@ def _latency(style: Style, rows: Sequence[Row]) -> Any:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     handles = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    height = figure.get_figheight()
-    figure.tight_layout(rect=(0, 0.4 / height, 1, 1 - 0.5 / height))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     _title(figure, "Time over length", rows)
     return figure
 
@@ -271,9 +273,8 @@ def _speed_up(style: Style, rows: Sequence[Row]) -> Any:
         axes.set_xlabel(_sequences([row for row in rows if row.op in ops]))
         axes.set_ylabel("times as fast as dense attention")
         axes.set_title("Decoding" if decodes else "Training")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=1)
     _title(figure, "Each operator against dense causal attention", rows)
-    figure.tight_layout()
     return figure
 
 
@@ -319,7 +320,6 @@ def _roofline(style: Style, rows: Sequence[Row]) -> Any:
     axes.set_ylabel("TFLOP/s")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=10)
     _title(figure, "Roofline", rows)
-    figure.tight_layout()
     return figure
 
 
@@ -363,7 +363,6 @@ def _decode_bytes(style: Style, file: Path) -> Any:
         loc="upper left", frameon=True, framealpha=1, edgecolor=style.colour(PAPER), facecolor=style.colour(PAPER)
     )
     figure.suptitle("Bytes per decoded token\npaper shape, bfloat16; counted in programs for Ascend910B2", fontsize=13)
-    figure.tight_layout()
     return figure
 
 

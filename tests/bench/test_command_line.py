@@ -101,6 +101,31 @@ def test_pictures_come_light_and_dark(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("wrote ") == len(found)
 
 
+@pytest.mark.parametrize("shown", [1, 3, len(OPS)])
+def test_the_heading_lies_above_the_panels_and_the_legend_below(shown):
+    pytest.importorskip("matplotlib")
+    from bench.plot import Style, _latency, _settings, plotter
+
+    pyplot = plotter()
+    with pyplot.rc_context(_settings(THEMES["light"])):
+        found = rows("cpu", "ours", cache="cold", p20_us="9", p50_us="10", p80_us="11")[: 2 * shown]
+        figure = _latency(Style("light", pyplot), found)
+        figure.draw_without_rendering()
+        boxes = [axes.get_tightbbox() for axes in figure.axes if axes.get_visible()]
+        assert len(boxes) == shown
+        assert figure._suptitle.get_window_extent().y0 >= max(box.y1 for box in boxes)
+        assert figure.legends[0].get_window_extent().y1 <= min(box.y0 for box in boxes)
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_no_two_operators_look_alike(theme):
+    from bench.plot import Style
+
+    looks = [Style(theme, None).line(number) for number in range(len(OPS))]
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(OPS)
+
+
 def test_titles_say_what_was_measured_and_what_not():
     from bench.plot import _where
 
