@@ -23,7 +23,14 @@ ROOT = Path(__file__).parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 OPS = ROOT / "docs" / "ops"
 OP_PAGES = {family: OPS / f"{family.name}.md" for family in FAMILIES}
-PAGES = (README, CHINESE, ROOT / "docs" / "simulator.md", ROOT / "docs" / "kernels.md", *OP_PAGES.values())
+PAGES = (
+    README,
+    CHINESE,
+    ROOT / "docs" / "simulator.md",
+    ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "tuning.md",
+    *OP_PAGES.values(),
+)
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- begin generated: (.+?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
@@ -135,7 +142,27 @@ def _mutations() -> str:
     return markdown(("mutation", "tried", "detected", "not flagged, and why"), rows)
 
 
+def _tuned() -> str:
+    """Of every kernel, shape and target that has a tuned entry: how many times as fast as the default."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    targets = set()
+    for file in sorted((ROOT / "autotune_configs").glob("*/*.json")):
+        target = file.parent.name
+        if target == "default":
+            continue
+        targets.add(target)
+        for entry in json.loads(file.read_text())["entries"]:
+            evidence, work = entry["evidence"], entry["evidence"]["workload"]
+            compiler = f"ascendnpu-ir {entry['key']['compiler']}" if "compiler" in entry["key"] else ""
+            call = (file.stem, entry["kernel"], f"{work['shape']}, {work['tokens']} tokens, {work['dtype']}", compiler)
+            found.setdefault(call, {})[target] = f"{evidence['default_us'] / evidence['us']:.2f}"
+    columns = sorted(targets)
+    rows = [(*call, *(ratios.get(target, "–") for target in columns)) for call, ratios in sorted(found.items())]
+    return markdown(("op", "kernel", "tuned for", "compiler", *columns), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "autotune_configs": _tuned,
     "nsa-triton ops": _operators,
     "python -m bench.cpu_target": functools.partial(_table, "cpu/cpu_target.csv"),
     "nsa_triton/ascend/simulator/chips.json": _parameters,
