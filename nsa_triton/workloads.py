@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,14 @@ class Shape:
         """Query heads of each kv head."""
         return self.heads // self.kv_heads
 
+    def part(self, tokens: int) -> Shape:
+        """As many of the heads, whole groups of them, as keep every core of a chip busy with that many query tokens:
+        the others are the same work again."""
+        groups = -(-BUSY_ROWS // (self.group * tokens))
+        if groups >= self.kv_heads:
+            return self
+        return replace(self, heads=groups * self.group, kv_heads=groups)
+
     def windows(self, tokens: int) -> int:
         """Compressed tokens of a sequence."""
         return (tokens - self.window) // self.stride + 1
@@ -61,6 +69,7 @@ def _shapes() -> dict[str, Shape]:
 SHAPES = _shapes()
 INDICES = ("random", "scores", "local")
 BATCH = 16  # sequences that decode together, where nothing else is asked for
+BUSY_ROWS = 65536  # query tokens times heads: about twenty tiles for every core
 RUN = 8  # adjacent query tokens with the same best blocks
 LISTS = tuple(f"select_attention_{name}" for name in ("union", "count", "place", "fill"))
 

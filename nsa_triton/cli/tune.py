@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", action="append", type=int, help=f"length of a sequence, may be repeated (default: {TOKENS})")
     add("--kernel", action="append", default=[], help="only this kernel; may be repeated")
     add("--budget", type=float, metavar="MINUTES", help="stop after so long, and keep the best until then")
+    add("--until-settled", action="store_true", help="stop once all that lies next to the best has been tried")
     add("--dry-run", action="store_true", help="only count candidates, and say how long they take")
     add("--workers", metavar="N", help="candidates at a time, or ray (default: one per core)")
     add("--output", type=Path, metavar="DIR", help="folder of configs (default: the one that is used)")
@@ -76,7 +77,10 @@ def run(options: argparse.Namespace) -> int:
         require_mergeable(output.folder, chip, family)
     with _told() as told:
         try:
-            results = tune(wanted, output, told, workers=options.workers, minutes=options.budget, fresh=options.fresh)
+            results = tune(
+                wanted, output, told, workers=options.workers, minutes=options.budget, settled=options.until_settled,
+                fresh=options.fresh,
+            )  # fmt: skip
             stopped = False
         except Interrupted as interrupt:
             results, stopped = interrupt.results, True
@@ -186,7 +190,8 @@ def _row(result: Result) -> list[str]:
     sweep = result.sweep
     chip = sweep.chip + (f" {sweep.compiler}" if sweep.compiler else "")
     nothing = "none works" if result.tried else "no time"
-    tiles = nothing if result.best is None else "the default's" if not result.wins else str(result.best)
+    stays = "the default's, all around them was tried" if result.settled else "the default's"
+    tiles = nothing if result.best is None else stays if not result.wins else str(result.best)
     others = ", ".join(f"{one} ({us:.1f})" for one, us in result.runners_up[:SHOWN])
     left = f" ({result.left} not tried)" if result.left else ""
     ratio = f"{result.ratio:.2f}" if result.ratio else ""

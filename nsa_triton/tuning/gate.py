@@ -21,7 +21,7 @@ from nsa_triton.ops.catalog import families
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulating
 from nsa_triton.runtime.target import KIND_OF_DEVICE
-from nsa_triton.tuning.evaluation import choices, evaluate, workload_of
+from nsa_triton.tuning.evaluation import choices, evaluate, shape_to_time, workload_of
 from nsa_triton.tuning.planning import choosing
 from nsa_triton.tuning.plans import default_of
 from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
@@ -33,9 +33,10 @@ LONGER = 4  # times the length that was tuned
 def slower_when_longer(sweep: Sweep, candidate: Candidate) -> str:
     """ "" unless the default is faster where sequences are much longer: the entry will serve these too. The CPU target,
     which is for numbers, not for speed, is not asked."""
-    if workload_of(sweep)[1].target.kind == "cpu":
+    place, tokens = workload_of(sweep)[1], LONGER * sweep.tokens
+    if place.target.kind == "cpu":
         return ""
-    longer = replace(sweep, tokens=LONGER * sweep.tokens)
+    longer = replace(sweep, tokens=tokens, shape=shape_to_time(sweep.op, sweep.shape, tokens, place))
     ours, default = evaluate(longer, candidate), _of_default(longer)
     if ours.us is None:
         return f"{ours.verdict} at {longer.tokens} tokens: {ours.why}"

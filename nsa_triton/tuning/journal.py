@@ -29,9 +29,9 @@ def journal_folder() -> Path:
 
 
 def journal_path(sweep: Sweep, identity: Mapping[str, Any]) -> Path:
-    """`identity` is all that decides the verdicts."""
+    """`identity` is all that decides the verdicts, and names the chip by which they were found."""
     hashed = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    parts = (sweep.op, sweep.kernel, sweep.chip, sweep.compiler, sweep.shape.name, f"T{sweep.tokens}", hashed)
+    parts = (sweep.op, sweep.kernel, identity["chip"], sweep.compiler, sweep.shape.name, f"T{sweep.tokens}", hashed)
     name = "-".join(part for part in parts if part)
     return journal_folder() / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.jsonl"
 

@@ -16,13 +16,13 @@ from nsa_triton.ops.catalog import Family, families
 from nsa_triton.runtime.configs import Config, config_roots, load, lookup
 from nsa_triton.runtime.launch import Launch
 from nsa_triton.runtime.target import Target
-from nsa_triton.tuning.evaluation import evaluate, refusal, timed_launches, workload_of
+from nsa_triton.tuning.evaluation import evaluate, refusal, shape_to_time, timed_launches, workload_of
 from nsa_triton.tuning.journal import Journal, journal_path
 from nsa_triton.tuning.planning import Asked, asked_for, fingerprint
 from nsa_triton.tuning.search import Search
 from nsa_triton.tuning.space import SPACES, Space
 from nsa_triton.tuning.sweep import Candidate, Sweep
-from nsa_triton.tuning.timing import Place, place_named
+from nsa_triton.tuning.timing import Place, place_named, simulated_like
 from nsa_triton.workloads import OPS, Shape, workload
 
 
@@ -102,6 +102,7 @@ def sweeps(request: Request) -> list[Sweep]:
 def _sweeps_of_call(
     family: Family, op: str, place: Place, shape: Shape, tokens: int, request: Request
 ) -> Iterator[Sweep]:
+    shape = shape_to_time(op, shape, tokens, place)
     work = workload(op, shape, tokens, device=place.device, filled=False)
     asked = {one.kernel for one in asked_for(work, place)}
     chip, version = place.target.name, place.target.compiler
@@ -130,10 +131,11 @@ def plan(sweep: Sweep) -> Planned:
     launches = [fingerprint(launch) for launch in timed_launches(whole, default)]
     source = hashlib.sha256(repr(launches).encode()).hexdigest()[:12]
     identity = {
-        "op": sweep.op, "kernel": sweep.kernel, "chip": sweep.chip, "compiler": sweep.compiler,
+        "op": sweep.op, "kernel": sweep.kernel, "compiler": sweep.compiler,
         "shape": vars(sweep.shape), "tokens": sweep.tokens, "dtype": str(work.dtype), "batch": work.batch,
         "indices": work.indices, "ub_limit": sweep.ub_limit, "source": source, "host": _host(place.simulated),
         "nsa_triton": nsa_triton.__version__, **place.versions(),
+        "chip": simulated_like(sweep.chip) if place.simulated else sweep.chip,
     }  # fmt: skip
     return Planned(whole, mine, default, tuple(_worth_trying(whole, default, tiles)), len(tiles), identity, source)
 

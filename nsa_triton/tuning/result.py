@@ -28,6 +28,7 @@ class Result:
     runners_up: tuple[tuple[Candidate, float], ...] = ()
     tried: int = 0
     left: int = 0  # candidates that were not tried
+    settled: bool = False  # whether all that lies next to the fastest were
     refused: Mapping[str, str] = field(default_factory=dict)  # what the gate said of candidates
     file: Path | None = None
     problem: str = ""
@@ -35,6 +36,11 @@ class Result:
     @property
     def wins(self) -> bool:
         return self.best is not None and self.best != self.default
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """A default that stays is kept too, once all around it is known: the next sweep need not ask again."""
+        return self.wins or (self.best is not None and self.settled)
 
     @property
     def ratio(self) -> float | None:
@@ -47,7 +53,7 @@ class Result:
             "chip": sweep.chip, "compiler": sweep.compiler, "default": self.default.to_json(),
             "default_us": self.default_us, "best": self.best and self.best.to_json(), "us": self.us,
             "runners_up": [{**one.to_json(), "us": us} for one, us in self.runners_up],
-            "tried": self.tried, "left": self.left, "refused": dict(self.refused),
+            "tried": self.tried, "left": self.left, "settled": self.settled, "refused": dict(self.refused),
             "file": str(self.file) if self.file else None, "problem": self.problem,
         }  # fmt: skip
 
@@ -66,10 +72,10 @@ def entry(planned: Planned, search: Search, result: Result, today: str) -> dict[
         "source": planned.source, "date": today, "us": _rounded(result.us), "default_us": _rounded(result.default_us),
         **({} if place.simulated else {name: _rounded(us) for name, us in measured.items()}),
         "workload": {
-            "op": sweep.op, "shape": sweep.shape.name, "tokens": sweep.tokens, "batch": work.batch,
-            "dtype": str(work.dtype).removeprefix("torch."), "length": asked.length,
+            "op": sweep.op, "shape": sweep.shape.name, "heads": sweep.shape.heads, "tokens": sweep.tokens,
+            "batch": work.batch, "dtype": str(work.dtype).removeprefix("torch."), "length": asked.length,
         },
-        "tried": result.tried,
+        "tried": result.tried, "left": result.left,
         "runners_up": [{**one.to_json(), "us": _rounded(us)} for one, us in result.runners_up],
     }  # fmt: skip
     if verdict.ub_percent is not None and verdict.ub_percent > UB_LIMIT:

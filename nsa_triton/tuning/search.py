@@ -66,6 +66,15 @@ class Search:
     def best(self) -> Candidate | None:
         return next(iter(self.ranked()), None)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that lies next to the best, and all of its options, have been tried: nothing near is faster."""
+        best = self.best
+        if best is None:
+            return False
+        near = [candidate for candidate in self._tiles if self._distance(candidate, best) <= 1]
+        return all(one in self.verdicts for one in (*near, *self._variants_of(best)))
+
     def us(self, candidate: Candidate) -> float | None:
         verdict = self.verdicts.get(candidate)
         return None if verdict is None else verdict.us

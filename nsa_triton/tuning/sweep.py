@@ -9,7 +9,7 @@ from typing import Any
 from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.workloads import Shape
 
-VERDICTS = ("timed", "limits", "compiler", "failed")
+VERDICTS = ("timed", "slow", "limits", "compiler", "failed")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Candidate:
 class Verdict:
     """What a candidate comes to.
 
-    verdict      "timed", or who refused it: "limits" (arithmetic), "compiler", or "failed" (while it ran)
+    verdict      "timed", "slow" (a simulation that was given up), or who refused it: "limits" (arithmetic), "compiler",
+                 or "failed" (while it ran)
     why          what the refusal says
     us           simulated, or the median of what was measured; p20_us and p80_us where it was measured
     ub_percent   the share of the unified buffer that it takes, where a compiler said so
@@ -58,7 +59,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is searched. `others` are the configs of the other kernels of the call while this one is tuned."""
+    """What is searched. `others` are the configs of the other kernels of the call while this one is tuned. Candidates
+    that take more than `most_us` are not simulated to the end."""
 
     op: str
     family: str
@@ -69,6 +71,7 @@ class Sweep:
     compiler: str | None
     ub_limit: int = UB_LIMIT
     others: tuple[tuple[str, Candidate], ...] = field(default=())
+    most_us: float = float("inf")
 
     def __str__(self) -> str:
         by = f", ascendnpu-ir {self.compiler}" if self.compiler else ""

@@ -67,6 +67,14 @@ def _model(chip_name: str) -> str:
     return str(Costs(chip(chip_name)).version)
 
 
+def simulated_like(name: str) -> str:
+    """The first chip whose figures are all those of this one: what is simulated for one of them holds for the other.
+    Both compilers make the same programs for them."""
+    from nsa_triton.ascend.simulator.costs import figures
+
+    return next(other for other in CHIPS if figures(other) == figures(name))
+
+
 def _gpu(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).name
 
@@ -97,12 +105,14 @@ class Time:
     p80_us: float | None = None
 
 
-def timed(work: Workload, place: Place, only: Collection[str]) -> Time:
-    """The sum over the launches of the kernels that `only` names, in one call."""
+def timed(work: Workload, place: Place, only: Collection[str], most_us: float = float("inf")) -> Time:
+    """The sum over the launches of the kernels that `only` names, in one call. A simulation that comes to more than
+    `most_us` ends with a TooSlowError."""
     if place.simulated:
         version = compiler(place.target.compiler)
         call = functools.partial(work.call, "triton")
-        return Time(total_us(simulated_times(call, place.target.name, version, fills=work.fills, only=only)))
+        more = {"fills": work.fills, "only": only, "most_us": most_us}
+        return Time(total_us(simulated_times(call, place.target.name, version, **more)))
     return _measured(work, place, only)
 
 

@@ -26,6 +26,7 @@ from nsa_triton.tuning.workers import Workers
 from nsa_triton.tuning.workers import workers as team
 
 RUNNERS_UP = 5
+SLOW = 1.5  # times the best: what takes longer need not be simulated to its end
 MARGIN = 1.02  # the default takes at least so many times as long as a winner; less says little
 TURNS = 3  # in which the best of a measured sweep are measured again, against the default
 
@@ -38,19 +39,32 @@ class Progress(Protocol):
     def heard(self, search: Search, candidate: Candidate, verdict: Verdict) -> None: ...
 
 
-def run(planned: Planned, search: Search, journal: Journal, workers: Workers, until: float, told: Progress) -> None:
-    """Try candidates until none is left, or until that time. What was begun is waited for."""
+@dataclass(frozen=True)
+class Until:
+    """When a sweep ends, if candidates are left: at a time, or once all that lies next to the best is known."""
+
+    end: float = float("inf")
+    settled: bool = False
+
+    def reached(self, search: Search) -> bool:
+        return time.monotonic() >= self.end or (self.settled and search.settled)
+
+
+def run(planned: Planned, search: Search, journal: Journal, workers: Workers, until: Until, told: Progress) -> None:
+    """Try candidates until none is left, or it is to end. What was begun is waited for."""
     for candidate, verdict in journal.verdicts.items():
         if search.has(candidate):
             search.hear(candidate, verdict)
     told.begin(planned.sweep, search, len(search.verdicts))
     running: dict[Future[Verdict], Candidate] = {}
     while True:
-        while len(running) < workers.size and time.monotonic() < until:
+        while len(running) < workers.size and not until.reached(search):
             following = search.next()
             if following is None:
                 break
-            running[workers.submit(planned.sweep, following)] = following
+            best = search.us(search.best) if search.best else None
+            sweep = planned.sweep if best is None else replace(planned.sweep, most_us=SLOW * best)
+            running[workers.submit(sweep, following)] = following
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -86,7 +100,7 @@ def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
     return Result(
         planned.sweep, planned.default, times.get(planned.default), best, times[best] if best else None,
         tuple((one, times[one]) for one in others[:RUNNERS_UP]), len(search.verdicts),
-        max(0, search.total - len(search.verdicts)), refused,
+        max(0, search.total - len(search.verdicts)), search.settled, refused,
     )  # fmt: skip
 
 
@@ -124,13 +138,13 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 @dataclass(frozen=True)
 class Output:
-    """Where winners go."""
+    """Where winners go, and defaults that stay."""
 
     folder: Path
     force: bool = False
 
     def keep(self, planned: Planned, search: Search, result: Result) -> Result:
-        if not result.wins:
+        if not result.is_worth_keeping:
             return result
         sweep = planned.sweep
         made = entry(planned, search, result, datetime.date.today().isoformat())
@@ -147,10 +161,12 @@ def tune(
     *,
     workers: str | None = None,
     minutes: float | None = None,
+    settled: bool = False,
     fresh: bool = False,
 ) -> list[Result]:
     """Search all sweeps, and write every winner as soon as its sweep is over. The time is shared out evenly among the
-    sweeps that are left. Raises Interrupted, with the results so far, on Ctrl-C."""
+    sweeps that are left; with `settled` a sweep ends as soon as nothing next to its best is left to try. Raises
+    Interrupted, with the results so far, on Ctrl-C."""
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     results: list[Result] = []
     with ExitStack() as stack:
@@ -160,7 +176,7 @@ def tune(
             if simulated not in teams:
                 teams[simulated] = stack.enter_context(team(workers, simulated=simulated))
             now = time.monotonic()
-            until = now + (end - now) / (len(wanted) - number)
+            until = Until(now + (end - now) / (len(wanted) - number), settled)
             planned = plan(sweep)
             search = planned.search()
             with planned.journal(fresh=fresh) as journal:

@@ -46,6 +46,21 @@ def test_an_early_stop_has_the_best_already():
     assert search.best == candidate({"unit_flag": True}, BQ=64, BN=96)
 
 
+def test_it_is_settled_once_all_around_the_best_is_known():
+    search = Search(DEFAULT, GRID, OPTIONS)
+    assert not search.settled
+    while not search.settled:
+        one = search.next()
+        assert one is not None
+        search.hear(one, bowl(one))
+    best = candidate({"unit_flag": True}, BQ=64, BN=96)
+    assert search.best == best
+    around = {candidate(BQ=q, BN=n) for q, n in ((64, 96), (32, 96), (96, 96), (64, 64), (64, 128))}
+    options = {candidate(option, BQ=64, BN=96) for option in OPTIONS}
+    assert around | options <= set(search.verdicts)
+    assert len(search.verdicts) < len(GRID) // 2
+
+
 def test_what_won_elsewhere_comes_right_behind_the_default():
     elsewhere = [candidate({"unit_flag": True}, BQ=16, BN=256), DEFAULT, candidate(BQ=16, BN=16)]
     foreign = [candidate({"stages": 2}, BQ=16, BN=256), candidate(BQ=17, BN=256)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 import torch
 
 import nsa_triton
+from nsa_triton.ascend.compile import final_module
 from nsa_triton.ascend.simulator.checks import Checker
-from nsa_triton.ascend.simulator.faults import Fault
+from nsa_triton.ascend.simulator.faults import Fault, TooSlowError
+from nsa_triton.ascend.toolchain import compiler
 from nsa_triton.errors import ToolchainError
 from nsa_triton.ops.catalog import families
 from nsa_triton.runtime import configs
@@ -27,12 +30,14 @@ from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulated_times, simulating
 from nsa_triton.runtime.target import target_of
 from nsa_triton.tuning import gate, merge, planning, plans, tune
+from nsa_triton.tuning import workers as team
 from nsa_triton.tuning.evaluation import evaluate
 from nsa_triton.tuning.gate import slower_when_longer, what_is_wrong
 from nsa_triton.tuning.journal import journal_path
 from nsa_triton.tuning.result import Result, entry
 from nsa_triton.tuning.space import space_of
 from nsa_triton.tuning.sweep import Verdict
+from nsa_triton.tuning.timing import place_named
 from nsa_triton.tuning.tune import Interrupted, Output
 from nsa_triton.tuning.workers import Processes, workers
 from nsa_triton.workloads import workload
@@ -180,10 +185,67 @@ def test_winners_of_other_chips_are_tried_early(tmp_path, monkeypatch):
     assert plans.winners(space, "compress_infer", "npu", {"piece": 192}) == [candidate(BD=96), candidate(BD=48)]
 
 
+@pytest.mark.parametrize(
+    ("op", "chip", "heads"),
+    [
+        ("nsa_compress_attention", CHIP, 8),  # 65,536 rows of 8,192 tokens
+        ("nsa_sliding_window_attention", "cpu", 32),  # measured as it is
+        ("nsa_select_attention_infer", CHIP, 32),  # one token for each head
+        ("nsa_compress", CHIP, 32),
+    ],
+)
+def test_training_attention_is_simulated_with_a_part_of_its_heads(op, chip, heads):
+    shape = replace(TINY, heads=32, kv_heads=8)
+    found = plans.sweeps(plans.Request([op], [(chip, None)], [shape], [8192]))
+    assert {sweep.shape.heads for sweep in found} == {heads}
+    assert {sweep.shape.group for sweep in found} == {4}
+
+
 def test_another_workload_compiler_or_limit_is_another_sweep():
     ways: tuple[dict[str, Any], ...] = ({}, {"tokens": [128]}, {"ub_limit": 90}, {"shapes": [replace(TINY, heads=8)]})
     files = {str(journal_path(one.sweep, one.identity)) for one in (tiny_plan(**way) for way in ways)}
     assert len(files) == len(ways)
+
+
+@pytest.mark.parametrize(
+    ("chip", "like"), [(CHIP, CHIP), ("Ascend910_9392", CHIP), ("Ascend910B4-1", "Ascend910B4"), ("Ascend910B1",) * 2]
+)
+def test_chips_that_the_model_cannot_tell_apart_share_verdicts(chip, like):
+    """Cores, memories, clock and bandwidth are the same; Ascend910B1 has a faster clock."""
+    found, other = (tiny_plan(chips=[(name, None)]) for name in (chip, like))
+    assert found.identity["chip"] == like
+    assert journal_path(found.sweep, found.identity) == journal_path(other.sweep, other.identity)
+
+
+def test_both_get_entries_of_their_own(tmp_path, rank):
+    asked = []
+
+    def once(one):
+        asked.append(one)
+        return smaller_is_better(one)
+
+    rank(once)
+    names = (CHIP, "Ascend910_9392")
+    wanted = [tiny_sweep(chips=[(name, None)]) for name in names]
+    found = tune.tune(wanted, Output(tmp_path), Told(), workers="1")
+    assert [result.best for result in found] == [SMALLEST] * 2
+    assert len(asked) == ALL
+    chips = [json.loads((tmp_path / name / "compress_infer.json").read_text())["entries"][0] for name in names]
+    assert [entry["evidence"]["chip"] for entry in chips] == list(names)
+
+
+def test_the_compiler_makes_the_same_program_for_both():
+    """But for addresses, which differ from build to build."""
+    work = workload("nsa_compress_infer", TINY, 64, filled=False)
+    place = place_named(CHIP, None)
+    (launch,) = planning.planned(work, place, ())
+    texts = [
+        final_module(launch.specialization(), name, compiler=compiler(place.target.compiler), optimized=True)
+        for name in (CHIP, "Ascend910_9392")
+    ]
+    first, second = (re.findall(r'"[a-z_]+\.[a-z_.0-9]+"', text) for text in texts)
+    assert first == second
+    assert len(first) > 50
 
 
 # ---- one sweep ----
@@ -205,11 +267,26 @@ def test_the_winner_becomes_an_entry_with_its_evidence(tmp_path, rank):
     assert {"model", "triton-ascend", "source", "date"} <= set(evidence)
 
 
-def test_where_the_default_wins_nothing_is_written(tmp_path, rank):
+def test_a_default_that_stays_is_written_too(tmp_path, rank):
+    """So that what is tuned is known, and an entry for shorter calls does not serve these."""
     rank(lambda one: timed(1.0))
     result = searched(tmp_path)
     assert not result.wins
     assert result.best == result.default
+    (written,) = entries(tmp_path)
+    assert written["tiles"] == dict(result.default.tiles)
+    evidence = written["evidence"]
+    assert (evidence["us"], evidence["default_us"], evidence["tried"], evidence["left"]) == (1.0, 1.0, ALL, 0)
+
+
+def test_a_default_whose_neighbours_are_unknown_is_not_written(tmp_path, rank):
+    def one_only(one):
+        time.sleep(0.2)
+        return timed(1.0)
+
+    rank(one_only)
+    result = searched(tmp_path, minutes=0.1 / 60)
+    assert (result.tried, result.best, result.settled) == (1, result.default, False)
     assert not (tmp_path / "configs").exists()
 
 
@@ -224,7 +301,7 @@ def test_the_default_stays_where_the_gain_says_little(tmp_path, rank):
     rank(lambda one: timed(100.0 if dict(one.tiles)["BD"] == 512 else 98.5))
     result = searched(tmp_path)
     assert dict(result.default.tiles) == {"BD": 512}
-    assert (result.best, result.us, result.file) == (result.default, 100.0, None)
+    assert (result.best, result.us, result.wins) == (result.default, 100.0, False)
     assert [us for _, us in result.runners_up] == [98.5] * 5
 
 
@@ -325,6 +402,42 @@ def test_the_unified_buffer_is_filled_to_the_limit_only():
     assert "of the unified buffer" in evidence["note"]
 
 
+def test_what_takes_much_longer_is_not_simulated_to_its_end(tmp_path):
+    sweep = tiny_plan().sweep
+    us = evaluate(sweep, SMALLEST).us
+    assert us is not None
+    assert evaluate(replace(sweep, most_us=1.01 * us), SMALLEST).us == us
+    given_up = evaluate(replace(sweep, most_us=0.5 * us), SMALLEST)
+    assert (given_up.verdict, given_up.us) == ("slow", None)
+    assert given_up.why == f"takes more than {0.5 * us:.1f} µs"
+
+
+def test_the_best_so_far_says_how_long_a_candidate_may_take(tmp_path, rank, monkeypatch):
+    most = []
+    rank(smaller_is_better)
+
+    class Noting(team.Here):  # the one that `rank` put there
+        def submit(self, sweep, one):
+            most.append((sweep.most_us, one))
+            return super().submit(sweep, one)
+
+    monkeypatch.setattr(team, "Here", Noting)
+    searched(tmp_path)
+    assert most[0] == (float("inf"), tiny_plan().default)
+    best = 512.0
+    for limit, one in most[1:]:
+        assert limit == tune.SLOW * best
+        best = min(best, smaller_is_better(one).us)
+
+
+def test_the_time_of_all_launches_together_is_limited():
+    call = workload("nsa_compress_grad", TINY, 256, filled=False).call
+    us = [report.us for report in simulated_times(lambda: call("triton"), CHIP)]
+    simulated_times(lambda: call("triton"), CHIP, most_us=1.01 * sum(us))
+    with pytest.raises(TooSlowError, match="the launch takes more than"):
+        simulated_times(lambda: call("triton"), CHIP, most_us=sum(us) - us[-1] / 2)
+
+
 def test_only_the_kernel_that_is_tuned_is_timed():
     call = workload("nsa_compress_grad", TINY, 256, filled=False).call
     every = simulated_times(lambda: call("triton"), CHIP)
@@ -387,6 +500,14 @@ def test_a_budget_ends_it_and_keeps_the_best(tmp_path, rank):
     assert 1 <= result.tried <= 4
     assert result.tried + result.left == ALL
     assert result.wins
+
+
+def test_it_ends_when_settled_if_that_is_enough(tmp_path, rank):
+    rank(lambda one: timed(1000.0 - dict(one.tiles)["BD"]))  # the default is best
+    result = searched(tmp_path, settled=True)
+    assert (result.best, result.settled) == (result.default, True)
+    assert 0 < result.left < ALL
+    assert searched(tmp_path).left == 0
 
 
 KILLED = """

@@ -20,6 +20,7 @@ import numpy as np
 from nsa_triton.ascend.chips import Chip
 from nsa_triton.ascend.simulator.checks import granules
 from nsa_triton.ascend.simulator.costs import Cost, Costs, Traffic
+from nsa_triton.ascend.simulator.faults import TooSlowError
 from nsa_triton.ascend.simulator.instruction import PIPES, Instruction
 from nsa_triton.ascend.simulator.memory import View
 
@@ -123,6 +124,7 @@ class Timing:
     sampled: bool = True
     warm: bool = False  # whether the L2 holds the tensors, as far as they fit, from the beginning
     keeps_events: bool = False
+    most_us: float = float("inf")  # a launch that takes longer is given up
     clocks: list[Clock] = field(default_factory=list)
     working: Counter[str] = field(default_factory=Counter)  # cores that have a block now, by kind
     memory: SharedMemory = field(init=False)
@@ -142,6 +144,11 @@ class Timing:
     def cycles(self) -> float:
         """From the launch to the end of the last block: no less than the shared memory needs."""
         return max([self.memory.least, *(clock.now for clock in self.clocks)])
+
+    def require(self, now: float) -> None:
+        """A TooSlowError at a time that is later than anyone wants to know."""
+        if now > self.most_us * self.costs.clock_hz / 1e6:
+            raise TooSlowError(f"the launch takes more than {self.most_us:.1f} µs")
 
     def clock(self, role: str, block: int, sub_block: int, start: float) -> Clock:
         self.clocks.append(Clock(self, role, block, sub_block, start))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from nsa_triton.ascend.chips import Chip
+from nsa_triton.ascend.chips import Chip, chip
 from nsa_triton.ascend.simulator.instruction import Instruction
 from nsa_triton.ascend.simulator.memory import BITS, View
 
@@ -63,6 +63,12 @@ def parameters() -> Mapping[str, Any]:
     text = (resources.files(__package__) / "chips.json").read_text()
     content: Mapping[str, Any] = json.loads(text)
     return content
+
+
+def figures(name: str) -> Mapping[str, Any]:
+    """All that the model knows of a chip: cores, memories, clock and bandwidth, without where they come from."""
+    own = {**vars(chip(name)), **parameters()["chips"][name]}
+    return {what: value for what, value in own.items() if what not in ("name", "source")}
 
 
 class Costs:

@@ -29,6 +29,10 @@ class SimulationError(NsaError, RuntimeError):
         super().__init__(message)
 
 
+class TooSlowError(SimulationError):
+    """The launch takes longer than the caller wants to know."""
+
+
 class OutOfBoundsError(SimulationError):
     """Bytes that do not lie in the memory. The instruction that wanted them adds its name and source line."""
 

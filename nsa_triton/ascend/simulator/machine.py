@@ -196,7 +196,8 @@ def _finish_in_time(
     for first in teams:
         start(first)
     while queue:
-        _, _, member = heapq.heappop(queue)
+        now, _, member = heapq.heappop(queue)
+        timing.require(now)
         turn = next(member.code, _DONE)
         team = member.team
         if turn is None:  # it waits for another core

@@ -15,7 +15,7 @@ from nsa_triton.ascend.simulator.checks import Checker
 from nsa_triton.ascend.simulator.clock import Timing
 from nsa_triton.ascend.simulator.costs import Costs
 from nsa_triton.ascend.simulator.machine import run, time
-from nsa_triton.ascend.simulator.report import LaunchReport, launch_report
+from nsa_triton.ascend.simulator.report import LaunchReport, launch_report, total_us
 from nsa_triton.ascend.simulator.translate import Program, translate
 from nsa_triton.ascend.toolchain import Compiler
 from nsa_triton.ascend.toolchain import compiler as installed_compiler
@@ -28,7 +28,7 @@ class SimulatorExecutor:
     With a checker, what is computed is watched. With `times`, nothing is computed: tensors keep what they hold, and
     `reports` gets one entry per launch. Kernels that `fills` names run on this CPU too, the quick way, before they are
     timed: those whose results, such as lists of blocks, control others. Where `only` names kernels, the others are not
-    timed, nor even compiled.
+    timed, nor even compiled. A TooSlowError as soon as all of them together take more than `most_us`.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class SimulatorExecutor:
         sampled: bool = True,
         warm: bool = False,
         keeps_events: bool = False,
+        most_us: float = float("inf"),
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.chip, self.compiler, self.checker = chip(chip_name), compiler or installed_compiler(), checker
         self.times, self.fills, self.sampled, self.warm, self.keeps_events = times, fills, sampled, warm, keeps_events
-        self.options, self.only = options, only
+        self.options, self.only, self.most_us = options, only, most_us
         self.reports: list[LaunchReport] = []
         self._programs: dict[tuple[str, str], Program] = {}
 
@@ -67,7 +68,8 @@ class SimulatorExecutor:
         if not self.times:
             run(program, self.chip, programs, dict(arguments), self.checker)
             return
-        timing = Timing(self.chip, Costs(self.chip), self.sampled, self.warm, self.keeps_events)
+        most_us = self.most_us - total_us(self.reports)
+        timing = Timing(self.chip, Costs(self.chip), self.sampled, self.warm, self.keeps_events, most_us)
         time(program, self.chip, programs, dict(arguments), timing)
         self.reports.append(launch_report(timing, kernel.fn.__name__, self.compiler.version, programs))
 
