@@ -88,19 +88,26 @@ def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
     """The best candidate that the gate lets pass, if it is clearly better than the default."""
     times = _final_times(planned, search)
     ranked = sorted(times, key=lambda one: times[one] / (MARGIN if one == planned.default else 1))
-    refused: dict[str, str] = {}
+    refused: dict[Candidate, str] = {}
     best = None
     for candidate in ranked:
-        said = RIGHT if candidate == planned.default else _gate(planned, journal, candidate)
+        # Options that change nothing give the same time to the last digit, and the same verdict.
+        same = (one for one in refused if one.tiles == candidate.tiles and times[one] == times[candidate])
+        twin = next(same, None)
+        if candidate == planned.default:
+            said = RIGHT
+        else:
+            said = _gate(planned, journal, candidate) if twin is None else refused[twin]
         if said == RIGHT:
             best = candidate
             break
-        refused[str(candidate)] = said
-    others = [one for one in ranked if one != best and str(one) not in refused]
+        refused[candidate] = said
+    others = [one for one in ranked if one != best and one not in refused]
     return Result(
         planned.sweep, planned.default, times.get(planned.default), best, times[best] if best else None,
         tuple((one, times[one]) for one in others[:RUNNERS_UP]), len(search.verdicts),
-        max(0, search.total - len(search.verdicts)), search.settled, refused,
+        max(0, search.total - len(search.verdicts)), search.settled,
+        {str(one): said for one, said in refused.items()},
     )  # fmt: skip
 
 

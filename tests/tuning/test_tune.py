@@ -318,11 +318,27 @@ def test_a_candidate_with_wrong_numbers_is_never_kept(tmp_path, rank, monkeypatc
     result = searched(tmp_path)
     assert result.best == candidate(BD=32)
     assert set(result.refused) == {"BD=16", "BD=16 multibuffer=False"}
-    assert [dict(one.tiles)["BD"] for one in asked] == [16, 16, 32]
+    assert [dict(one.tiles)["BD"] for one in asked] == [16, 32]
     assert all(dict(one["tiles"])["BD"] != 16 for one in entries(tmp_path)[0]["evidence"]["runners_up"])
     asked.clear()
     searched(tmp_path)  # what the gate said is in the journal
     assert not asked
+
+
+def test_options_that_change_nothing_are_refused_with_their_tiles(tmp_path, rank, monkeypatch):
+    """They have the same time to the last digit; the gate takes minutes."""
+    rank(lambda one: timed(float(dict(one.tiles)["BD"]) + 0.5 * (dict(one.tiles)["BD"] == 32 and bool(one.options))))
+    asked = []
+
+    def wrong(sweep, one):
+        asked.append(one)
+        return "cache is wrong"
+
+    monkeypatch.setattr(tune, "what_is_wrong", wrong)
+    result = searched(tmp_path)
+    assert result.best == result.default
+    assert sorted(str(one) for one in asked) == ["BD=16", "BD=32", "BD=32 multibuffer=False", "BD=48"]
+    assert {"BD=16", "BD=16 multibuffer=False", "BD=32 multibuffer=False"} <= set(result.refused)
 
 
 def test_the_gate_runs_the_check_cases_with_the_candidates_tiles(monkeypatch):
