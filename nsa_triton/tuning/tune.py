@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -91,9 +91,7 @@ def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
     refused: dict[Candidate, str] = {}
     best = None
     for candidate in ranked:
-        # Options that change nothing give the same time to the last digit, and the same verdict.
-        same = (one for one in refused if one.tiles == candidate.tiles and times[one] == times[candidate])
-        twin = next(same, None)
+        twin = next((one for one in refused if _same(one, candidate, times)), None)
         if candidate == planned.default:
             said = RIGHT
         else:
@@ -102,13 +100,21 @@ def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
             best = candidate
             break
         refused[candidate] = said
-    others = [one for one in ranked if one != best and one not in refused]
+    others: list[Candidate] = []
+    for one in ranked:
+        if one not in refused and not any(_same(one, other, times) for other in (best, *others) if other):
+            others.append(one)
     return Result(
         planned.sweep, planned.default, times.get(planned.default), best, times[best] if best else None,
         tuple((one, times[one]) for one in others[:RUNNERS_UP]), len(search.verdicts),
         max(0, search.total - len(search.verdicts)), search.settled,
         {str(one): said for one, said in refused.items()},
     )  # fmt: skip
+
+
+def _same(one: Candidate, other: Candidate, times: Mapping[Candidate, float]) -> bool:
+    """Options that change nothing in the program give the same time to the last digit."""
+    return one.tiles == other.tiles and times[one] == times[other]
 
 
 def _gate(planned: Planned, journal: Journal, candidate: Candidate) -> str:
