@@ -139,6 +139,15 @@ def test_the_table_the_progress_and_the_file(capsys, given, tmp_path):
 
 
 @needs_toolchain
+def test_it_may_stop_once_all_around_the_best_is_known(capsys, given, tmp_path):
+    assert main([*COMMAND, "--until-settled", "--json", "--output", str(tmp_path)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["settled"]
+    assert found["left"] > 0
+    assert found["best"]["tiles"] == {"BD": 16}
+
+
+@needs_toolchain
 def test_json(capsys, given, tmp_path):
     assert main([*COMMAND, "--output", str(tmp_path), "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
