@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from nsa_triton.ascend.chips import CHIPS, chip, relatives
 from nsa_triton.errors import ConfigError
 from nsa_triton.runtime import configs
 from nsa_triton.runtime.configs import config_root, load, lookup, overriding
-from nsa_triton.runtime.target import Target
+from nsa_triton.runtime.target import Target, ascend_target
 
 FILES = sorted(config_root().glob("*/*.json"))
 CHIP = Target("npu", "AscendTest", 48, 24)
@@ -83,6 +84,47 @@ def test_own_entry_wins_over_default(folder):
     folder("AscendTest", entry(tiles={"BT": 32}, key={"D": 64}))
     assert find(D=64).tiles == {"BT": 32}
     assert find(D=128).tiles == {"BT": 16}
+
+
+def find_for(chip_name, **key):
+    return lookup("op", "k", ascend_target(chip(chip_name)), key, 100, ("BT",))
+
+
+def test_what_a_chip_lacks_is_taken_from_one_with_the_same_memories_then_from_default(folder):
+    folder("default", entry(tiles={"BT": 16}))
+    folder("Ascend910B4", entry(tiles={"BT": 32}, key={"D": 64}))
+    folder("Ascend910B2", entry(tiles={"BT": 48}, key={"D": 64}))
+    folder("Ascend910B1", entry(tiles={"BT": 64}, key={"D": 192}))
+    found = {name: find_for(name, D=64).tiles["BT"] for name in ("Ascend910B1", "Ascend910B3", "Ascend910B4")}
+    assert found == {"Ascend910B1": 48, "Ascend910B3": 32, "Ascend910B4": 32}, "as many cores first"
+    assert find_for("Ascend910B4", D=192).tiles == {"BT": 64}
+    assert find_for("Ascend910B4", D=128).tiles == {"BT": 16}
+    assert find(D=64).tiles == {"BT": 16}, "AscendTest is like no chip"
+
+
+def test_whose_tuned_file_is_used_is_said(folder, caplog, tmp_path):
+    folder("Ascend910B2", entry())
+    with caplog.at_level(logging.INFO, logger="nsa_triton"):
+        find_for("Ascend910B1")
+    file = tmp_path / "Ascend910B2" / "op.json"
+    assert caplog.messages == [f"op: no tuned config for Ascend910B1, using that of Ascend910B2, {file}"]
+
+
+def test_relatives_have_the_same_memories_and_those_with_as_many_cores_come_first():
+    for name, one in CHIPS.items():
+        found = [CHIPS[other] for other in relatives(name)]
+        assert one not in found
+        assert len(set(found)) == len(found) == len(CHIPS) - 1, "all chips of today have the same memories"
+        unlike = [other.cube_cores != one.cube_cores for other in found]
+        assert unlike == sorted(unlike)
+
+
+def test_a_chip_with_other_memories_is_no_relative(monkeypatch):
+    monkeypatch.setitem(CHIPS, "AscendNew", replace(CHIPS["Ascend910B2"], name="AscendNew", ub=256 << 10))
+    relatives.cache_clear()
+    assert "AscendNew" not in relatives("Ascend910B2")
+    assert relatives("AscendNew") == ()
+    relatives.cache_clear()
 
 
 def test_largest_length_not_above_the_request(folder):

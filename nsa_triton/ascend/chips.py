@@ -6,6 +6,7 @@ from NPUTargetSpec.td of AscendNPU-IR). All chips share one micro-architecture; 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from nsa_triton.errors import ArgumentValueError
@@ -45,3 +46,18 @@ def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise ArgumentValueError("chip", f"one of {', '.join(sorted(CHIPS))}", repr(name))
     return CHIPS[name]
+
+
+@functools.cache
+def relatives(name: str) -> tuple[str, ...]:
+    """The other chips with the same memories, in which what is tuned for one of them fits too: those with as many
+    cores first. None for a name that is not a chip's."""
+    if name not in CHIPS:
+        return ()
+    mine = CHIPS[name]
+    others = [other for other in CHIPS.values() if other != mine and _memories(other) == _memories(mine)]
+    return tuple(other.name for other in sorted(others, key=lambda other: other.cube_cores != mine.cube_cores))
+
+
+def _memories(one: Chip) -> tuple[int, ...]:
+    return one.ub, one.l1, one.l0a, one.l0b, one.l0c

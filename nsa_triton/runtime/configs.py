@@ -2,8 +2,8 @@
 
 A config is a pure function of (op, kernel, target, key, length): nothing is measured in a user's call. The user's
 folder, if there is one, comes before the shipped one; in each, entries of the target's own file are tried first, then
-those of `default/`; within a file the first entry whose key matches and whose `length` is the largest not above the
-request wins.
+those of chips with the same memories, then those of `default/`; within a file the first entry whose key matches and
+whose `length` is the largest not above the request wins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nsa_triton.ascend.chips import UB_LIMIT
+from nsa_triton.ascend.chips import UB_LIMIT, relatives
 from nsa_triton.errors import ConfigError
 from nsa_triton.runtime.target import Target
 from nsa_triton.settings import settings
@@ -125,7 +125,8 @@ def _lookup(
     roots: tuple[Path, ...], op: str, kernel: str, target: str, items: KeyItems, length: int, tiles: tuple[str, ...]
 ) -> Config:
     key = dict(items)
-    files = [root / folder / f"{op}.json" for root in roots for folder in (target, "default")]
+    folders = (target, *relatives(target), "default")
+    files = [root / folder / f"{op}.json" for root in roots for folder in folders]
     for file in files:
         fitting = [c for c in load(file) if c.kernel == kernel and c.matches(key, length)]
         if fitting:
@@ -135,18 +136,21 @@ def _lookup(
                     f"{best.file}: entry for {kernel} with key {dict(best.key)}: expected the tiles "
                     f"{', '.join(tiles)}, got {', '.join(best.tiles) or 'none'}"
                 )
-            _say_once(op, target, file, file.parent.name == target)
+            _say_once(op, target, file)
             return best
+    asked = " or ".join(str(file) for file in files if load(file) or file.parent.name in (target, "default"))
     raise ConfigError(
-        f"no config for {kernel} with key {key} and length {length} in {' or '.join(map(str, files))}; "
+        f"no config for {kernel} with key {key} and length {length} in {asked}; "
         "add an entry (autotune_configs/README.md describes the format)"
     )
 
 
 @functools.cache
-def _say_once(op: str, target: str, file: Path, tuned: bool) -> None:
-    found = "tuned config for %s" if tuned else "no tuned config for %s"
-    logger.info(f"%s: {found}, using %s", op, target, file)
+def _say_once(op: str, target: str, file: Path) -> None:
+    source = file.parent.name
+    found = "tuned config" if source == target else "no tuned config"
+    instead = f"that of {source}, " if source in relatives(target) else ""
+    logger.info(f"%s: {found} for %s, using {instead}%s", op, target, file)
 
 
 @functools.lru_cache(maxsize=256)
