@@ -164,6 +164,7 @@ def _report(job: Job, lowered: Lowered, outcome: Outcome, generic: str) -> Compi
         scalar_warnings=_scalar_warnings(outcome.log),
         double_buffer_dropped=bool(generic) and wants_two_buffers and _says_dropped(notes),
         object_file="" if outcome.object_code is None else "kernel.o",
+        program=hashlib.sha256(generic.encode()).hexdigest()[:12] if generic else "",
         **vars(module_facts(generic)),
     )
 

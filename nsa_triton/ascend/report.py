@@ -28,7 +28,8 @@ class CompileReport(ModuleFacts):
     """One kernel, made concrete, compiled for one chip by one compiler.
 
     `fits` says that the compiler planned all memories and made the final module. The fields of ModuleFacts come from
-    that module and are empty where there is none. On a machine without a real `hivmc` the compile ends there, and
+    that module and are empty where there is none, as is `program`, its digest: options that leave it as it is change
+    nothing. On a machine without a real `hivmc` the compile ends there, and
     `object_file` is "".
     """
 
@@ -48,6 +49,7 @@ class CompileReport(ModuleFacts):
     scalar_warnings: tuple[Place, ...] = ()
     double_buffer_dropped: bool = False
     object_file: str = ""
+    program: str = ""
 
     @property
     def ok(self) -> bool:

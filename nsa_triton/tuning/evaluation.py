@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from nsa_triton.ascend.chips import chip
 from nsa_triton.ascend.compile import Job, compile_many
@@ -65,7 +67,7 @@ def evaluate(sweep: Sweep, candidate: Candidate) -> Verdict:
     """Raises only what no candidate is to blame for: a missing tool, a bad argument."""
     began = time.perf_counter()
 
-    def verdict(kind: str, why: str = "", **figures: float | None) -> Verdict:
+    def verdict(kind: str, why: str = "", **figures: Any) -> Verdict:
         return Verdict(kind, why, seconds=round(time.perf_counter() - began, 2), **figures)
 
     work, place, space = workload_of(sweep)
@@ -73,21 +75,24 @@ def evaluate(sweep: Sweep, candidate: Candidate) -> Verdict:
     why = refusal(sweep, launches)
     if why:
         return verdict("limits", why)
-    ub_percent = None
+    figures: dict[str, Any] = {}
     if place.compiles:
-        why, ub_percent = _compiled(sweep, launches)
+        why, figures = _compiled(sweep, launches)
         if why:
-            return verdict("compiler", why, ub_percent=ub_percent)
+            return verdict("compiler", why, **figures)
+    known = dict(sweep.known).get(figures.get("program", ""))
+    if known is not None:
+        return verdict("timed", us=known, **figures)
     try:
         with choosing(choices(sweep, candidate), place.target.kind):
             found = timed(work, place, space.timed, sweep.most_us)
     except ToolchainError:
         raise
     except TooSlowError:
-        return verdict("slow", f"takes more than {sweep.most_us:.1f} µs", ub_percent=ub_percent)
+        return verdict("slow", f"takes more than {sweep.most_us:.1f} µs", **figures)
     except _refusals() as error:
-        return verdict("failed", f"{type(error).__name__}: {error}", ub_percent=ub_percent)
-    return verdict("timed", us=found.us, p20_us=found.p20_us, p80_us=found.p80_us, ub_percent=ub_percent)
+        return verdict("failed", f"{type(error).__name__}: {error}", **figures)
+    return verdict("timed", us=found.us, p20_us=found.p20_us, p80_us=found.p80_us, **figures)
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -97,8 +102,9 @@ def _refusals() -> tuple[type[Exception], ...]:
     return NsaError, RuntimeError, MemoryError, TritonError
 
 
-def _compiled(sweep: Sweep, launches: Iterable[Launch]) -> tuple[str, float | None]:
-    """The first problem that the compiler sees, and the largest share of the unified buffer."""
+def _compiled(sweep: Sweep, launches: Iterable[Launch]) -> tuple[str, dict[str, Any]]:
+    """The first problem that the compiler sees; the largest share of the unified buffer, and a digest of the
+    programs."""
     version = compiler(sweep.compiler)
     jobs = {
         fingerprint(launch)[0]: Job(launch.specialization(), sweep.chip, version, launch.options, sweep.ub_limit)
@@ -107,4 +113,8 @@ def _compiled(sweep: Sweep, launches: Iterable[Launch]) -> tuple[str, float | No
     reports = compile_many(list(jobs.values()), workers=1)
     problems = [problem for report in reports for problem in report.problems()]
     shares = [report.ub_percent for report in reports if report.fits]
-    return (problems[0] if problems else ""), (round(max(shares), 1) if shares else None)
+    program = hashlib.sha256(" ".join(report.program for report in reports).encode()).hexdigest()[:12]
+    return (problems[0] if problems else ""), {
+        "ub_percent": round(max(shares), 1) if shares else None,
+        "program": program if all(report.program for report in reports) else "",
+    }

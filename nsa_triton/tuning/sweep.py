@@ -42,6 +42,7 @@ class Verdict:
     why          what the refusal says
     us           simulated, or the median of what was measured; p20_us and p80_us where it was measured
     ub_percent   the share of the unified buffer that it takes, where a compiler said so
+    program      a digest of what the compiler made of it
     seconds      that it took to find out
     """
 
@@ -51,6 +52,7 @@ class Verdict:
     p20_us: float | None = None
     p80_us: float | None = None
     ub_percent: float | None = None
+    program: str = ""
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Sweep:
     """What is searched. `others` are the configs of the other kernels of the call while this one is tuned. Candidates
-    that take more than `most_us` are not simulated to the end."""
+    that take more than `most_us` are not simulated to the end, and programs whose time is `known` not at all."""
 
     op: str
     family: str
@@ -72,6 +74,7 @@ class Sweep:
     ub_limit: int = UB_LIMIT
     others: tuple[tuple[str, Candidate], ...] = field(default=())
     most_us: float = float("inf")
+    known: tuple[tuple[str, float], ...] = field(default=())
 
     def __str__(self) -> str:
         by = f", ascendnpu-ir {self.compiler}" if self.compiler else ""

@@ -62,9 +62,7 @@ def run(planned: Planned, search: Search, journal: Journal, workers: Workers, un
             following = search.next()
             if following is None:
                 break
-            best = search.us(search.best) if search.best else None
-            sweep = planned.sweep if best is None else replace(planned.sweep, most_us=SLOW * best)
-            running[workers.submit(sweep, following)] = following
+            running[workers.submit(_told(planned.sweep, search, following), following)] = following
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -72,6 +70,17 @@ def run(planned: Planned, search: Search, journal: Journal, workers: Workers, un
             journal.note(candidate, verdict)
             search.hear(candidate, verdict)
             told.heard(search, candidate, verdict)
+
+
+def _told(sweep: Sweep, search: Search, candidate: Candidate) -> Sweep:
+    """With what is known so far that helps to evaluate the candidate. Tiles decide the work of a launch, so the same
+    program takes the same time with other options, not with other tiles. What is measured, is."""
+    if not place_named(sweep.chip, sweep.compiler).simulated:
+        return sweep
+    best = search.us(search.best) if search.best else None
+    timed = ((one.program, one.us) for other, one in search.verdicts.items() if other.tiles == candidate.tiles)
+    known = {program: us for program, us in timed if program and us is not None}
+    return replace(sweep, most_us=float("inf") if best is None else SLOW * best, known=tuple(known.items()))
 
 
 def _result(future: Future[Verdict]) -> Verdict:

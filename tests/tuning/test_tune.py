@@ -446,6 +446,34 @@ def test_the_best_so_far_says_how_long_a_candidate_may_take(tmp_path, rank, monk
         best = min(best, smaller_is_better(one).us)
 
 
+def test_a_program_whose_time_is_known_is_not_simulated_again():
+    sweep = tiny_plan().sweep
+    first = evaluate(sweep, SMALLEST)
+    assert first.program
+    assert evaluate(replace(sweep, known=((first.program, 1.5),)), SMALLEST).us == 1.5
+    assert evaluate(replace(sweep, known=(("another", 1.5),)), SMALLEST).us == first.us
+    single = evaluate(sweep, SMALLEST.with_options({"multibuffer": False}))
+    assert single.program != first.program
+
+
+def test_only_programs_with_the_same_tiles_are_known(tmp_path, rank, monkeypatch):
+    """Other tiles may be other work for the same program."""
+    rank(lambda one: replace(smaller_is_better(one), program=str(one)))
+    told = []
+
+    class Noting(team.Here):
+        def submit(self, sweep, one):
+            told.append((one, dict(sweep.known)))
+            return super().submit(sweep, one)
+
+    monkeypatch.setattr(team, "Here", Noting)
+    searched(tmp_path)
+    assert any(known for _, known in told)
+    for number, (one, known) in enumerate(told):
+        before = {str(other): smaller_is_better(other).us for other, _ in told[:number] if other.tiles == one.tiles}
+        assert known == before
+
+
 def test_the_time_of_all_launches_together_is_limited():
     call = workload("nsa_compress_grad", TINY, 256, filled=False).call
     us = [report.us for report in simulated_times(lambda: call("triton"), CHIP)]
