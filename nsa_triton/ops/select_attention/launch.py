@@ -106,7 +106,7 @@ class Plan(AttentionPlan):
             "block": self.block,
             "count": self.count,
         }
-        if kernel == COUNT:
+        if kernel in (UNION, COUNT):
             key["entries"] = self.entries  # known from the tiles of the kernels with products
         return lookup(OP, kernel, self.target, key, self.tokens, TILES[kernel])
 
@@ -172,13 +172,14 @@ class Plan(AttentionPlan):
 def plan_union(plan: Plan) -> Launch:
     config = plan.config(UNION)
     items = len(plan.tiles) * plan.kv_heads
+    whole = -(-plan.entries // 16) * 16  # tiles of other lengths overflow the unified buffer
     arguments = {
         "ids": plan.ids, "tiles": plan.tiles, "union": plan.union, "n_items": items, "n_tiles": len(plan.tiles),
         "n_all": plan.tokens,
     }  # fmt: skip
     constexprs = {
         "K": plan.count, "L": plan.block, "E": plan.entries, "U": plan.union_width, "CAUSAL": plan.causal,
-        "BC": min(config.tiles["BC"], plan.target.tile(plan.entries)), "BE": plan.target.tile(plan.union_width),
+        "BC": min(config.tiles["BC"], plan.target.tile(whole)), "BE": plan.target.tile(plan.union_width),
     }  # fmt: skip
     return plan.launch(list_kernels.select_attention_union, items, arguments, constexprs, config)
 
