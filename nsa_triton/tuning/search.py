@@ -1,13 +1,14 @@
 """The order in which candidates are tried, so that an early stop is worth something.
 
 The default comes first, then what won elsewhere: on other chips, by other compilers, at other shapes. Then neighbours
-of the best so far alternate with what lies farthest from all that was tried: two of three candidates follow the best
-downhill, and the third keeps the search from ending in a valley. Launch options are tried with the best tiles only.
+of the best so far, with its options, alternate with what lies farthest from all that was tried: two of three candidates
+follow the best downhill, and the third keeps the search from ending in a valley. Launch options are tried with the best
+tiles only; where one of them wins, tiles that did not fit or were slower without it get another chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nsa_triton.tuning.space import Options
 from nsa_triton.tuning.sweep import Candidate, Verdict
@@ -37,9 +38,12 @@ class Search:
 
     @property
     def total(self) -> int:
-        """The most candidates that will be tried."""
-        of_best = min(FINALISTS, len(self._tiles)) * len(self._variants_of(self.default))
-        return len(self._tiles) + of_best + sum(candidate not in self._tiles for candidate in self._early)
+        """The most candidates that will be tried, unless tiles that won with other options lead on."""
+        finalists = self._finalists(FINALISTS)
+        known = {*self._begun, *self._tiles, *self._early, *self._near()}
+        known.update(variant for tiles in finalists for variant in self._variants_of(tiles))
+        unknown = min(FINALISTS, len(self._tiles)) - len(finalists)
+        return len(known) + unknown * len(self._variants_of(self.default))
 
     def hear(self, candidate: Candidate, verdict: Verdict) -> None:
         self._begun.add(candidate)
@@ -70,10 +74,7 @@ class Search:
     def settled(self) -> bool:
         """Whether all that lies next to the best, and all of its options, have been tried: nothing near is faster."""
         best = self.best
-        if best is None:
-            return False
-        near = [candidate for candidate in self._tiles if self._distance(candidate, best) <= 1]
-        return all(one in self.verdicts for one in (*near, *self._variants_of(best)))
+        return best is not None and all(one in self.verdicts for one in (*self._near(), *self._variants_of(best)))
 
     def us(self, candidate: Candidate) -> float | None:
         verdict = self.verdicts.get(candidate)
@@ -83,20 +84,30 @@ class Search:
         early = next((candidate for candidate in self._early if candidate not in self._begun), None)
         if early is not None:
             return early
-        pending = [candidate for candidate in self._tiles if candidate not in self._begun]
+        pending = self._pending(self._tiles)
         best = self.best
-        variants = [] if best is None else self._pending_variants(1 if pending else FINALISTS)
-        if not pending:
-            return variants[0] if variants else None
-        if best is None or len(self._begun) % FAR_EVERY == FAR_EVERY - 1:
+        if pending and (best is None or len(self._begun) % FAR_EVERY == FAR_EVERY - 1):
             return max(pending, key=self._distance_from_all)
-        nearest = min(pending, key=lambda candidate: self._distance(candidate, best))
-        return variants[0] if variants and self._distance(nearest, best) > 1 else nearest
+        finalists = self._finalists(1 if pending else FINALISTS)
+        close = self._pending([*self._near(), *(one for tiles in finalists for one in self._variants_of(tiles))])
+        if close:
+            return close[0]
+        return min(pending, key=lambda one: self._distance(one, best)) if pending and best else None
 
-    def _pending_variants(self, of_best: int) -> list[Candidate]:
-        tiles = list(dict.fromkeys(candidate.tiles for candidate in self.ranked()))[:of_best]
-        variants = [variant for sizes in tiles for variant in self._variants_of(Candidate(sizes))]
-        return [variant for variant in variants if variant not in self._begun]
+    def _pending(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        return [candidate for candidate in candidates if candidate not in self._begun]
+
+    def _near(self) -> list[Candidate]:
+        """The best, and all tiles one step from it with its options."""
+        best = self.best
+        if best is None:
+            return []
+        near = [candidate for candidate in self._tiles if self._distance(candidate, best) <= 1]
+        return [candidate.with_options(dict(best.options)) for candidate in near]
+
+    def _finalists(self, most: int) -> list[Candidate]:
+        """The best tiles."""
+        return list(dict.fromkeys(Candidate(candidate.tiles) for candidate in self.ranked()))[:most]
 
     def _variants_of(self, candidate: Candidate) -> list[Candidate]:
         variants = [candidate.with_options(options) for options in self.options]
