@@ -51,14 +51,29 @@ def ids_of_rows(p_ids, b_t, o_i, n_t, K: tl.constexpr, BR: tl.constexpr, BI: tl.
 
 
 @triton.jit
-def tokens_seen(p_tile, b_t, n_k, CAUSAL: tl.constexpr):
-    """How many tokens of its segment each row may see.
+def tokens_seen(i_t, b_t, n_k, CAUSAL: tl.constexpr):
+    """How many tokens of its segment each row may see; i_t is the place of the first of them.
 
     A minimum of vectors in any case: a value that is the same in all rows would go through memory to the cube cores,
     which would then wait for the vector cores in every round.
     """
-    i_see = (tl.load(p_tile + 1) + 1) * 1.0 if CAUSAL else BEHIND
+    i_see = (i_t + 1) * 1.0 if CAUSAL else BEHIND
     return tl.minimum(b_t + i_see, n_k * 1.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log_of(b_times):
+    """The logarithm of how often each row chose a block, which is added to its scores. Where it did not, no probability
+    is left; the vector unit's logarithm of 0 is not defined."""
+    return tl.where(b_times > 0.0, tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL)), MASKED)
+
+
+@triton.jit
+def cuts_off(n_0, i_t, i_key, BN: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether some of BN keys from i_key on, of which n_0 are there, are not seen by the query token i_t."""
+    if CAUSAL:
+        return (n_0 < BN) | (i_t + 1 < i_key + BN)
+    return n_0 < BN
 
 
 @triton.jit
@@ -129,8 +144,7 @@ def select_attention_fwd(
         n_k = tl.load(p_tile + 5)
         i_h, n_r = tile_rows(i_item % HEADS, G, PACK, BH, n_t)
         i_row = i_n * r_n + i_q * r_t + i_h
-        # [BR] tokens that each row may see
-        b_see = tokens_seen(p_tile, b_t, n_k, CAUSAL)
+        i_t = tl.load(p_tile + 1)
         # [BR, BI]
         b_ids = ids_of_rows(ids + (i_n * n_all + i_q) * K, b_t, o_i, n_t, K, BR, BI)
         # [BR, BK]
@@ -145,17 +159,19 @@ def select_attention_fwd(
             i_block = tl.load(p_union + i_piece // (L // CUT))
             i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
             i_i = i_k + tl.minimum(i_0, n_k - 1)
-            # [BR] how often a row chose the block, and the tokens of the piece that it sees
-            b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
-            b_limit = tl.where(b_times > 0.0, b_see - i_0 * 1.0, 0.0)
-            b_log = tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL))
+            # [BR]
+            b_log = log_of(tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1))
             # [BN, BK]; one row at least, because a product of no columns is none
             m_k = (o_n < tl.maximum(n_0, 1))[:, None] & (o_k < DK)[None, :]
             b_k = tl.load(k + i_i * k_t + i_n * k_n + o_n[:, None] * k_t + o_k[None, :], mask=m_k, other=0.0)
             # [BR, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-            b_s = tl.where(b_column < b_limit[:, None], b_s, MASKED)
-            b_max = tl.maximum(b_m, tl.max(b_s, axis=1), propagate_nan=tl.PropagateNan.ALL)
+            if cuts_off(n_0, i_t, i_0, BN, CAUSAL):
+                b_seen = tokens_seen(i_t, b_t, n_k, CAUSAL) - i_0 * 1.0
+                b_s = tl.where(b_column < b_seen[:, None], b_s, MASKED)
+            # scores of a row that did not choose the block are not for its maximum
+            b_only = tl.minimum(b_log, 0.0, tl.PropagateNan.ALL)
+            b_max = tl.maximum(b_m, tl.max(b_s, axis=1) + b_only, propagate_nan=tl.PropagateNan.ALL)
             b_p = tl.exp(b_s - (b_max - b_log)[:, None])
             # [BN, BV]
             m_v = (o_n < n_0)[:, None] & (o_v < DV)[None, :]
@@ -266,8 +282,7 @@ def select_attention_dq(
         n_k = tl.load(p_tile + 5)
         i_h, n_r = tile_rows(i_item % HEADS, G, PACK, BH, n_t)
         i_row = i_n * r_n + i_q * r_t + i_h
-        # [BR] tokens that each row may see
-        b_see = tokens_seen(p_tile, b_t, n_k, CAUSAL)
+        i_t = tl.load(p_tile + 1)
         # [BR, BI]
         b_ids = ids_of_rows(ids + (i_n * n_all + i_q) * K, b_t, o_i, n_t, K, BR, BI)
         # [BR]
@@ -287,10 +302,8 @@ def select_attention_dq(
             i_block = tl.where(n_found > 0, tl.load(p_union + i_piece // (L // CUT)), 0)
             i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
             i_i = i_k + tl.minimum(i_0, n_k - 1)
-            # [BR] how often a row chose the block, and the tokens of the piece that it sees
-            b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
-            b_limit = tl.where(b_times > 0.0, b_see - i_0 * 1.0, 0.0)
-            b_log = tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL))
+            # [BR]
+            b_log = log_of(tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1))
             m_n = (o_n < tl.maximum(n_0, 1))[:, None]
             # [BN, BK], [BN, BV]
             p_k = k + i_i * k_t + i_n * k_n
@@ -299,10 +312,12 @@ def select_attention_dq(
             b_v = tl.load(p_v + o_n[:, None] * v_t + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
             # [BR, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-            b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
-            m_s = b_column < b_limit[:, None]
-            b_p = tl.exp(tl.where(m_s, b_s, MASKED) - (b_lse - b_log)[:, None])
-            b_ds = b_p * tl.where(m_s, b_dp - b_delta[:, None], 0.0)
+            b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]
+            if cuts_off(n_0, i_t, i_0, BN, CAUSAL):
+                m_s = b_column < (tokens_seen(i_t, b_t, n_k, CAUSAL) - i_0 * 1.0)[:, None]
+                b_s = tl.where(m_s, b_s, MASKED)
+                b_dp = tl.where(m_s, b_dp, 0.0)
+            b_ds = tl.exp(b_s - (b_lse - b_log)[:, None]) * b_dp
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
         b_out = (b_dq * scale).to(dq.dtype.element_ty)
         tl.store(dq + i_row * DK + o_r[:, None] * DK + o_k[None, :], b_out, mask=m_r & (o_k < DK)[None, :])
@@ -381,6 +396,12 @@ def select_attention_dkv(
         n_k = tl.load(p_block + 3)
         i_begin = tl.load(places + i_list) + (i_part - tl.load(parts + i_list)) * most
         i_end = tl.minimum(i_begin + most, tl.load(places + i_list + 1))
+        # The tiles of a segment follow each other, PACK tokens apart: in the loop the number of a tile is all that is
+        # loaded, for each load of a scalar makes everything wait.
+        i_q0 = tl.load(p_block + 4).to(tl.int64)
+        n_query = tl.load(p_block + 5)
+        i_tile0 = tl.load(entries + i_begin)
+        i_t0 = tl.load(tiles + i_tile0 * 6 + 1)
         # [BN, BK], [BN, BV]; one row at least
         m_n = (o_n < tl.maximum(n_0, 1))[:, None]
         i_i = i_k + tl.minimum(n_0 - 1, 0)
@@ -393,9 +414,9 @@ def select_attention_dkv(
         b_dv = tl.zeros([BN, BV], tl.float32)
         # from 0 on: ascendnpu-ir 1.0.0 does not survive products in a loop whose first round is known at run time only
         for i_entry in range(0, (i_end - i_begin) * HEADS):
-            p_tile = tiles + tl.load(entries + i_begin + i_entry // HEADS) * 6
-            i_q = tl.load(p_tile).to(tl.int64)
-            n_t = tl.load(p_tile + 2)
+            i_t = i_t0 + (tl.load(entries + i_begin + i_entry // HEADS) - i_tile0) * PACK
+            i_q = i_q0 + i_t
+            n_t = tl.minimum(PACK, n_query - i_t)
             i_h, n_r = tile_rows(i_entry % HEADS, G, PACK, BH, n_t)
             i_row = i_n * r_n + i_q * r_t + i_h
             # [BP, BI] -> [BP] how often each token chose the block -> [BR] each row
@@ -404,10 +425,7 @@ def select_attention_dkv(
             b_ids = tl.load(p_ids + o_p[:, None] * K + o_i[None, :], mask=m_i, other=-1).to(tl.float32)
             b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
             b_times = tl.sum(b_of * b_times[:, None], axis=0)
-            b_log = tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL))
-            # [BR] the tokens of the piece that each row sees
-            b_see = tokens_seen(p_tile, b_t, n_k, CAUSAL)
-            b_limit = tl.where(b_times > 0.0, b_see - (i_pos + i_0) * 1.0, 0.0)
+            b_log = log_of(b_times)
             b_lse = tl.load(lse + i_row + o_r, mask=o_r < n_r, other=NOTHING)
             b_delta = tl.load(delta + i_row + o_r, mask=o_r < n_r, other=0.0)
             # [BR, BK], [BR, BV]
@@ -416,10 +434,13 @@ def select_attention_dkv(
             b_g = tl.load(g + i_row * DV + o_r[:, None] * DV + o_v[None, :], mask=m_r & (o_v < DV)[None, :], other=0.0)
             # [BN, BR]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
-            b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
-            m_s = b_key < b_limit[None, :]
-            b_p = tl.exp(tl.where(m_s, b_s, MASKED) - (b_lse - b_log)[None, :])
-            b_ds = b_p * tl.where(m_s, b_dp - b_delta[None, :], 0.0)
+            b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee") - b_delta[None, :]
+            if cuts_off(n_0, i_t, i_pos + i_0, BN, CAUSAL):
+                m_s = b_key < (tokens_seen(i_t, b_t, n_k, CAUSAL) - (i_pos + i_0) * 1.0)[None, :]
+                b_s = tl.where(m_s, b_s, MASKED)
+                b_dp = tl.where(m_s, b_dp, 0.0)
+            b_p = tl.exp(b_s - (b_lse - b_log)[None, :])
+            b_ds = b_p * b_dp
             b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
         p_dk = dk + (i_part.to(tl.int64) * L + i_0) * DK
