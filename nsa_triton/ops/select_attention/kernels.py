@@ -435,8 +435,10 @@ def select_attention_dkv(
             # [BN, BR]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
             b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee") - b_delta[None, :]
-            if cuts_off(n_0, i_t, i_pos + i_0, BN, CAUSAL):
-                m_s = b_key < (tokens_seen(i_t, b_t, n_k, CAUSAL) - (i_pos + i_0) * 1.0)[None, :]
+            # Of rows that are not there the products are whatever the cube's memory held.
+            if cuts_off(n_0, i_t, i_pos + i_0, BN, CAUSAL) | (n_r < BR):
+                b_seen = tokens_seen(i_t, b_t, n_k, CAUSAL) - (i_pos + i_0) * 1.0
+                m_s = b_key < tl.where(o_r < n_r, b_seen, 0.0)[None, :]
                 b_s = tl.where(m_s, b_s, MASKED)
                 b_dp = tl.where(m_s, b_dp, 0.0)
             b_p = tl.exp(b_s - (b_lse - b_log)[None, :])
