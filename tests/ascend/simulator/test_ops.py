@@ -28,7 +28,7 @@ USUAL = {
     "compress_infer": (2,),
     "compress_attention": (6, 7),
     "compress_attention_infer": (2,),
-    "select_attention": (6, 7),
+    "select_attention": (3, 6, 7),
     "select_attention_infer": (2,),
     "sliding_window_attention": (6, 7),
     "sliding_window_attention_infer": (2,),
