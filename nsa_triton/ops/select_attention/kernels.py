@@ -377,7 +377,8 @@ def select_attention_dkv(
     o_v = tl.arange(0, BV)
     o_i = tl.arange(0, BI)
     # [BR] the token of each row, [BP, BR] 1.0 where a row is one of a token
-    b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
+    f_r = o_r.to(tl.float32)
+    b_t = ((f_r + 0.5) / BH).to(tl.int32).to(tl.float32)
     b_of = tl.where(o_p.to(tl.float32)[:, None] == b_t[None, :], 1.0, 0.0)
     # [BN, BR]
     b_key = tl.zeros([BN, BR], tl.float32) + o_n.to(tl.float32)[:, None]
@@ -438,7 +439,7 @@ def select_attention_dkv(
             # Of rows that are not there the products are whatever the cube's memory held.
             if cuts_off(n_0, i_t, i_pos + i_0, BN, CAUSAL) | (n_r < BR):
                 b_seen = tokens_seen(i_t, b_t, n_k, CAUSAL) - (i_pos + i_0) * 1.0
-                m_s = b_key < tl.where(o_r < n_r, b_seen, 0.0)[None, :]
+                m_s = b_key < tl.where(f_r < n_r * 1.0, b_seen, 0.0)[None, :]
                 b_s = tl.where(m_s, b_s, MASKED)
                 b_dp = tl.where(m_s, b_dp, 0.0)
             b_p = tl.exp(b_s - (b_lse - b_log)[None, :])
