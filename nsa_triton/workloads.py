@@ -42,10 +42,11 @@ class Shape:
         """Query heads of each kv head."""
         return self.heads // self.kv_heads
 
-    def part(self, tokens: int) -> Shape:
+    def part(self, tokens: int, *, selected: bool = False) -> Shape:
         """As many of the heads, whole groups of them, as keep every core of a chip busy with that many query tokens:
-        the others are the same work again."""
-        groups = -(-BUSY_ROWS // (self.group * tokens))
+        the others are the same work again. Attention over selected blocks has tiles of few tokens, with all heads of
+        a group."""
+        groups = -(-BUSY_TOKENS // tokens) if selected else -(-BUSY_ROWS // (self.group * tokens))
         if groups >= self.kv_heads:
             return self
         return replace(self, heads=groups * self.group, kv_heads=groups)
@@ -70,6 +71,7 @@ SHAPES = _shapes()
 INDICES = ("random", "scores", "local")
 BATCH = 16  # sequences that decode together, where nothing else is asked for
 BUSY_ROWS = 65536  # query tokens times heads: about twenty tiles for every core
+BUSY_TOKENS = 4096  # query tokens times kv heads, where blocks are selected: about forty tiles for every core
 RUN = 8  # adjacent query tokens with the same best blocks
 LISTS = tuple(f"select_attention_{name}" for name in ("union", "count", "place", "fill"))
 

@@ -36,7 +36,7 @@ def shape_to_time(op: str, shape: Shape, tokens: int, place: Place) -> Shape:
     """Simulating all heads of a long sequence takes minutes; for training attention a part of them is enough. What
     decodes has few rows, and so needs all."""
     trains_attention = "attention" in op and not op.endswith("_infer")
-    return shape.part(tokens) if place.simulated and trains_attention else shape
+    return shape.part(tokens, selected="select" in op) if place.simulated and trains_attention else shape
 
 
 def choices(sweep: Sweep, candidate: Candidate) -> Choices:

@@ -189,6 +189,7 @@ def test_winners_of_other_chips_are_tried_early(tmp_path, monkeypatch):
     ("op", "chip", "heads"),
     [
         ("nsa_compress_attention", CHIP, 8),  # 65,536 rows of 8,192 tokens
+        ("nsa_select_attention_grad", CHIP, 4),  # a tile holds few tokens, of one kv head
         ("nsa_sliding_window_attention", "cpu", 32),  # measured as it is
         ("nsa_select_attention_infer", CHIP, 32),  # one token for each head
         ("nsa_compress", CHIP, 32),
