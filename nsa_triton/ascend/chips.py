@@ -6,7 +6,6 @@ from NPUTargetSpec.td of AscendNPU-IR). All chips share one micro-architecture; 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from nsa_triton.errors import ArgumentValueError
@@ -48,7 +47,6 @@ def chip(name: str) -> Chip:
     return CHIPS[name]
 
 
-@functools.cache
 def relatives(name: str) -> tuple[str, ...]:
     """The other chips with the same memories, in which what is tuned for one of them fits too: those with as many
     cores first. None for a name that is not a chip's."""

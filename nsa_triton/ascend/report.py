@@ -29,8 +29,7 @@ class CompileReport(ModuleFacts):
 
     `fits` says that the compiler planned all memories and made the final module. The fields of ModuleFacts come from
     that module and are empty where there is none, as is `program`, its digest: options that leave it as it is change
-    nothing. On a machine without a real `hivmc` the compile ends there, and
-    `object_file` is "".
+    nothing. On a machine without a real `hivmc` the compile ends there, and `object_file` is "".
     """
 
     kernel: str

@@ -81,9 +81,9 @@ class Search:
         return None if verdict is None else verdict.us
 
     def _next(self) -> Candidate | None:
-        early = next((candidate for candidate in self._early if candidate not in self._begun), None)
-        if early is not None:
-            return early
+        early = self._pending(self._early)
+        if early:
+            return early[0]
         pending = self._pending(self._tiles)
         best = self.best
         if pending and (best is None or len(self._begun) % FAR_EVERY == FAR_EVERY - 1):
