@@ -17,7 +17,7 @@ on-chip memory, and the first then has smaller tiles.
 import triton
 import triton.language as tl
 
-from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, softmax_step
+from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, load_rows, softmax_step, weights_and_slopes
 
 NOTHING: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the maximum of a row that sees nothing
 NEVER: tl.constexpr = tl.constexpr(3e38)  # its log-sum-exp: exp(s - NEVER) is 0 for every s
@@ -77,13 +77,6 @@ def sees(b_column, b_ahead, b_seen, i_t, i_i, window, SLIDES: tl.constexpr):
     if SLIDES:
         return (b_ahead > (i_t - i_i - window) * 1.0) & (b_ahead <= (i_t - i_i) * 1.0)
     return b_column < (b_seen - i_i * 1.0)[:, None]
-
-
-@triton.jit
-def load_rows(p_x, o_r, o_c, stride, n_r, n_c):
-    """[R, C] the first n_r rows and n_c columns of a matrix, else 0."""
-    m_x = (o_r < n_r)[:, None] & (o_c < n_c)[None, :]
-    return tl.load(p_x + o_r[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
 
 
 @triton.jit
@@ -179,14 +172,6 @@ def attention_fwd(
             p_state = o_q[:, None] * W + o_w[None, :]
             tl.store(o_max + i_state + p_state, tl.where(b_some, b_m, NOTHING)[:, None] + b_wide, mask=m_t_[:, None])
             tl.store(o_sum + i_state + p_state, b_z[:, None] + b_wide, mask=m_t_[:, None])
-
-
-@triton.jit
-def weights_and_slopes(b_a, b_b, b_c, b_d, b_lse, b_delta, scale):
-    """The probabilities exp(scale a b^T - lse), and c d^T - delta, by which they are multiplied in the gradient of the
-    scores: of queries, keys, gradients and values, or turned, of keys, queries, values and gradients."""
-    b_p = tl.exp(tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * scale - b_lse)
-    return b_p, tl.dot(b_c, tl.trans(b_d), input_precision="ieee") - b_delta
 
 
 @triton.jit(do_not_specialize=["n_items"])

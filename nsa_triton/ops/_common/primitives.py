@@ -35,6 +35,13 @@ def rows_of(
         return tl.load(p_row + o_r[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
 
 
+@triton.jit
+def load_rows(p_x, o_r, o_c, stride, n_r, n_c):
+    """[R, C] the first n_r rows and n_c columns of a matrix, else 0."""
+    m_x = (o_r < n_r)[:, None] & (o_c < n_c)[None, :]
+    return tl.load(p_x + o_r[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
+
+
 # Masked scores are finite and far below every real one, and a running maximum starts between the two: a row that saw
 # nothing but masked scores then has weights exp(-1e30 + 1e20) = 0, without a special case and without NaN. They are
 # selected, not added: where keys were loaded under a mask, the Ascend compiler shortens the product too, and the
@@ -59,6 +66,14 @@ def softmax_step(b_s, b_m, b_z, b_o, b_v):
     b_z = b_z * b_shrink + tl.sum(b_p, axis=1)
     b_o = b_o * b_shrink[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
     return b_max, b_z, b_o
+
+
+@triton.jit
+def weights_and_slopes(b_a, b_b, b_c, b_d, b_lse, b_delta, scale):
+    """The probabilities exp(scale a b^T - lse), and c d^T - delta, by which they are multiplied in the gradient of the
+    scores: of queries, keys, gradients and values, or turned, of keys, queries, values and gradients."""
+    b_p = tl.exp(tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * scale - b_lse)
+    return b_p, tl.dot(b_c, tl.trans(b_d), input_precision="ieee") - b_delta
 
 
 @triton.jit

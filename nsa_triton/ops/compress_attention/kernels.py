@@ -8,7 +8,8 @@ windows that end at t or before, i D + L - 1 <= t.
 import triton
 import triton.language as tl
 
-from nsa_triton.ops._common.attention_kernels import NEVER, hidden, load_rows, query_tile, seen_by, seen_by_rows
+from nsa_triton.ops._common.attention_kernels import NEVER, hidden, query_tile, seen_by, seen_by_rows
+from nsa_triton.ops._common.primitives import load_rows
 
 FORCED: tl.constexpr = tl.constexpr(3e38)  # the score of a forced block
 BEHIND: tl.constexpr = tl.constexpr(1e9)  # larger than every row number

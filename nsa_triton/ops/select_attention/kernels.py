@@ -22,7 +22,7 @@ parts where it is long, whose sums a last kernel adds in order. No atomics: the 
 import triton
 import triton.language as tl
 
-from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, is_column
+from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, load_rows, weights_and_slopes
 
 NOTHING: tl.constexpr = tl.constexpr(3e38)  # the log-sum-exp of a row that saw nothing: exp(s - it) = 0
 BEHIND: tl.constexpr = tl.constexpr(1e9)  # larger than every place in a segment
@@ -40,14 +40,17 @@ def tile_rows(i_tile_h, G, PACK: tl.constexpr, BH: tl.constexpr, n_t):
 
 
 @triton.jit
-def ids_of_rows(p_ids, b_t, o_i, n_t, K: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr):
-    """The ids [BR, BI] of the token of each row, as float32; -2 for those below 0, which is no block of a union."""
-    b_ids = tl.full([BR, BI], -2.0, tl.float32)
-    for i_p in range(0, n_t):
-        b_one = tl.load(p_ids + i_p * K + o_i, mask=o_i < K, other=-2).to(tl.float32)
-        b_one = tl.where(b_one >= 0.0, b_one + 2.0, 0.0)
-        b_ids += is_column(b_t, i_p * 1.0)[:, None] * b_one[None, :]
-    return b_ids
+def ids_of_tokens(p_ids, o_p, o_i, n_t, K: tl.constexpr):
+    """[BP, BI] the ids of the tokens of a tile, as float32; -1 where there are none."""
+    m_i = (o_p < n_t)[:, None] & (o_i < K)[None, :]
+    return tl.load(p_ids + o_p[:, None] * K + o_i[None, :], mask=m_i, other=-1).to(tl.float32)
+
+
+@triton.jit
+def token_of_rows(o_r, o_p, BH: tl.constexpr):
+    """[BR] the number of the token of each row within its tile, and [BP, BR] 1.0 where a row is one of a token."""
+    b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
+    return b_t, tl.where(o_p.to(tl.float32)[:, None] == b_t[None, :], 1.0, 0.0)
 
 
 @triton.jit
@@ -62,9 +65,14 @@ def tokens_seen(i_t, b_t, n_k, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def log_of(b_times):
-    """The logarithm of how often each row chose a block, which is added to its scores. Where it did not, no probability
-    is left; the vector unit's logarithm of 0 is not defined."""
+def log_of_times(b_ids, b_of, i_block):
+    """[BR] the logarithm of how often the token of each row chose a block, which is added to its scores. Where it did
+    not, no probability is left; the vector unit's logarithm of 0 is not defined.
+
+    Counted by tokens, then handed to their rows: a comparison of each row with its ids takes a fifth of the loop.
+    """
+    b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
+    b_times = tl.sum(b_of * b_times[:, None], axis=0)
     return tl.where(b_times > 0.0, tl.log(tl.maximum(b_times, 1.0, tl.PropagateNan.ALL)), MASKED)
 
 
@@ -114,6 +122,7 @@ def select_attention_fwd(
     W: tl.constexpr,
     CAUSAL: tl.constexpr,
     BH: tl.constexpr,  # heads per tile; G if PACK > 1
+    BP: tl.constexpr,  # PACK, or the power of two above it
     BR: tl.constexpr,  # PACK * BH, or more
     BN: tl.constexpr,  # CUT, or the power of two above it
     BI: tl.constexpr,  # K, or the power of two above it
@@ -122,17 +131,15 @@ def select_attention_fwd(
     BK: tl.constexpr,  # DK, or the power of two above it
     BV: tl.constexpr,  # DV, or the power of two above it
 ):
+    o_p = tl.arange(0, BP)
     o_r = tl.arange(0, BR)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     o_i = tl.arange(0, BI)
     o_w = tl.arange(0, W)
-    f_r = o_r.to(tl.float32)
-    # [BR] the token of each row
-    b_t = ((f_r + 0.5) / BH).to(tl.int32).to(tl.float32)
-    # [BR, BN]
-    b_column = tl.zeros([BR, BN], tl.float32) + o_n.to(tl.float32)[None, :]
+    b_t, b_of = token_of_rows(o_r, o_p, BH)
+    f_n = o_n.to(tl.float32)
     HEADS: tl.constexpr = (G + BH - 1) // BH
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_tile = i_item // HEADS % n_tiles
@@ -145,11 +152,11 @@ def select_attention_fwd(
         i_h, n_r = tile_rows(i_item % HEADS, G, PACK, BH, n_t)
         i_row = i_n * r_n + i_q * r_t + i_h
         i_t = tl.load(p_tile + 1)
-        # [BR, BI]
-        b_ids = ids_of_rows(ids + (i_n * n_all + i_q) * K, b_t, o_i, n_t, K, BR, BI)
+        # [BP, BI]
+        b_ids = ids_of_tokens(ids + (i_n * n_all + i_q) * K, o_p, o_i, n_t, K)
         # [BR, BK]
         m_r = (o_r < n_r)[:, None]
-        b_q = tl.load(q + i_row * DK + o_r[:, None] * DK + o_k[None, :], mask=m_r & (o_k < DK)[None, :], other=0.0)
+        b_q = load_rows(q + i_row * DK, o_r, o_k, DK, n_r, DK)
         # [BR], [BR], [BR, BV]
         b_m = tl.full([BR], NO_SCORE, tl.float32)
         b_z = tl.zeros([BR], tl.float32)
@@ -160,22 +167,20 @@ def select_attention_fwd(
             i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
             i_i = i_k + tl.minimum(i_0, n_k - 1)
             # [BR]
-            b_log = log_of(tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1))
+            b_log = log_of_times(b_ids, b_of, i_block)
             # [BN, BK]; one row at least, because a product of no columns is none
-            m_k = (o_n < tl.maximum(n_0, 1))[:, None] & (o_k < DK)[None, :]
-            b_k = tl.load(k + i_i * k_t + i_n * k_n + o_n[:, None] * k_t + o_k[None, :], mask=m_k, other=0.0)
+            b_k = load_rows(k + i_i * k_t + i_n * k_n, o_n, o_k, k_t, tl.maximum(n_0, 1), DK)
             # [BR, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
             if cuts_off(n_0, i_t, i_0, BN, CAUSAL):
                 b_seen = tokens_seen(i_t, b_t, n_k, CAUSAL) - i_0 * 1.0
-                b_s = tl.where(b_column < b_seen[:, None], b_s, MASKED)
+                b_s = tl.where(f_n[None, :] < b_seen[:, None], b_s, MASKED)
             # scores of a row that did not choose the block are not for its maximum
             b_only = tl.minimum(b_log, 0.0, tl.PropagateNan.ALL)
             b_max = tl.maximum(b_m, tl.max(b_s, axis=1) + b_only, propagate_nan=tl.PropagateNan.ALL)
             b_p = tl.exp(b_s - (b_max - b_log)[:, None])
             # [BN, BV]
-            m_v = (o_n < n_0)[:, None] & (o_v < DV)[None, :]
-            b_v = tl.load(v + i_i * v_t + i_n * v_n + o_n[:, None] * v_t + o_v[None, :], mask=m_v, other=0.0)
+            b_v = load_rows(v + i_i * v_t + i_n * v_n, o_n, o_v, v_t, n_0, DV)
             b_shrink = tl.exp(b_m - b_max)
             b_z = b_z * b_shrink + tl.sum(b_p, axis=1)
             b_o = b_o * b_shrink[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
@@ -254,6 +259,7 @@ def select_attention_dq(
     U: tl.constexpr,
     CAUSAL: tl.constexpr,
     BH: tl.constexpr,
+    BP: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
     BI: tl.constexpr,
@@ -262,15 +268,14 @@ def select_attention_dq(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
+    o_p = tl.arange(0, BP)
     o_r = tl.arange(0, BR)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     o_i = tl.arange(0, BI)
-    # [BR] the token of each row
-    b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
-    # [BR, BN]
-    b_column = tl.zeros([BR, BN], tl.float32) + o_n.to(tl.float32)[None, :]
+    b_t, b_of = token_of_rows(o_r, o_p, BH)
+    f_n = o_n.to(tl.float32)
     HEADS: tl.constexpr = (G + BH - 1) // BH
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         i_tile = i_item // HEADS % n_tiles
@@ -283,15 +288,15 @@ def select_attention_dq(
         i_h, n_r = tile_rows(i_item % HEADS, G, PACK, BH, n_t)
         i_row = i_n * r_n + i_q * r_t + i_h
         i_t = tl.load(p_tile + 1)
-        # [BR, BI]
-        b_ids = ids_of_rows(ids + (i_n * n_all + i_q) * K, b_t, o_i, n_t, K, BR, BI)
+        # [BP, BI]
+        b_ids = ids_of_tokens(ids + (i_n * n_all + i_q) * K, o_p, o_i, n_t, K)
         # [BR]
         b_lse = tl.load(lse + i_row + o_r, mask=o_r < n_r, other=NOTHING)
         b_delta = tl.load(delta + i_row + o_r, mask=o_r < n_r, other=0.0)
         # [BR, BK], [BR, BV]
         m_r = (o_r < n_r)[:, None]
-        b_q = tl.load(q + i_row * DK + o_r[:, None] * DK + o_k[None, :], mask=m_r & (o_k < DK)[None, :], other=0.0)
-        b_g = tl.load(g + i_row * DV + o_r[:, None] * DV + o_v[None, :], mask=m_r & (o_v < DV)[None, :], other=0.0)
+        b_q = load_rows(q + i_row * DK, o_r, o_k, DK, n_r, DK)
+        b_g = load_rows(g + i_row * DV, o_r, o_v, DV, n_r, DV)
         # [BR, BK]
         b_dq = tl.zeros([BR, BK], tl.float32)
         p_union = union + (i_n * n_tiles + i_tile) * U
@@ -303,21 +308,17 @@ def select_attention_dq(
             i_0, n_0 = piece(i_block, i_piece % (L // CUT), n_k, L, CUT)
             i_i = i_k + tl.minimum(i_0, n_k - 1)
             # [BR]
-            b_log = log_of(tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1))
-            m_n = (o_n < tl.maximum(n_0, 1))[:, None]
-            # [BN, BK], [BN, BV]
-            p_k = k + i_i * k_t + i_n * k_n
-            b_k = tl.load(p_k + o_n[:, None] * k_t + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
-            p_v = v + i_i * v_t + i_n * v_n
-            b_v = tl.load(p_v + o_n[:, None] * v_t + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
+            b_log = log_of_times(b_ids, b_of, i_block)
+            # [BN, BK], [BN, BV]; one row at least
+            n_some = tl.maximum(n_0, 1)
+            b_k = load_rows(k + i_i * k_t + i_n * k_n, o_n, o_k, k_t, n_some, DK)
+            b_v = load_rows(v + i_i * v_t + i_n * v_n, o_n, o_v, v_t, n_some, DV)
             # [BR, BN]
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-            b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]
+            b_p, b_slope = weights_and_slopes(b_q, b_k, b_g, b_v, (b_lse - b_log)[:, None], b_delta[:, None], scale)
+            b_ds = b_p * b_slope
             if cuts_off(n_0, i_t, i_0, BN, CAUSAL):
-                m_s = b_column < (tokens_seen(i_t, b_t, n_k, CAUSAL) - i_0 * 1.0)[:, None]
-                b_s = tl.where(m_s, b_s, MASKED)
-                b_dp = tl.where(m_s, b_dp, 0.0)
-            b_ds = tl.exp(b_s - (b_lse - b_log)[:, None]) * b_dp
+                m_seen = f_n[None, :] < (tokens_seen(i_t, b_t, n_k, CAUSAL) - i_0 * 1.0)[:, None]
+                b_ds = tl.where(m_seen, b_ds, 0.0)
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
         b_out = (b_dq * scale).to(dq.dtype.element_ty)
         tl.store(dq + i_row * DK + o_r[:, None] * DK + o_k[None, :], b_out, mask=m_r & (o_k < DK)[None, :])
@@ -335,11 +336,10 @@ def select_attention_dkv(
     lse,  # [rows] float32
     delta,  # [rows] float32
     ids,  # [N2, T, K] int32
-    tiles,  # [n_tiles, 6]
     blocks,  # [n_blocks, 6], see key_tiles
     places,  # [n_rows + 1] int32
     parts,  # [n_rows + 1] int32
-    entries,  # [*] int32
+    entries,  # [*] int32, the place of the first token of each tile
     rows,  # [*] int32, the row of each part
     dk,  # [*, L, DK] float32, of each part
     dv,  # [*, L, DV] float32
@@ -361,7 +361,7 @@ def select_attention_dkv(
     PACK: tl.constexpr,
     CAUSAL: tl.constexpr,
     BH: tl.constexpr,
-    BP: tl.constexpr,  # PACK, or the power of two above it
+    BP: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
     BI: tl.constexpr,
@@ -376,12 +376,9 @@ def select_attention_dkv(
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     o_i = tl.arange(0, BI)
-    # [BR] the token of each row, [BP, BR] 1.0 where a row is one of a token
     f_r = o_r.to(tl.float32)
-    b_t = ((f_r + 0.5) / BH).to(tl.int32).to(tl.float32)
-    b_of = tl.where(o_p.to(tl.float32)[:, None] == b_t[None, :], 1.0, 0.0)
-    # [BN, BR]
-    b_key = tl.zeros([BN, BR], tl.float32) + o_n.to(tl.float32)[:, None]
+    b_t, b_of = token_of_rows(o_r, o_p, BH)
+    f_n = o_n.to(tl.float32)
     HEADS: tl.constexpr = (G + BH - 1) // BH
     CUTS: tl.constexpr = L // CUT
     for i_item in range(tl.program_id(0), tl.load(parts + n_rows) * CUTS, tl.num_programs(0)):
@@ -397,53 +394,41 @@ def select_attention_dkv(
         n_k = tl.load(p_block + 3)
         i_begin = tl.load(places + i_list) + (i_part - tl.load(parts + i_list)) * most
         i_end = tl.minimum(i_begin + most, tl.load(places + i_list + 1))
-        # The tiles of a segment follow each other, PACK tokens apart: in the loop the number of a tile is all that is
-        # loaded, for each load of a scalar makes everything wait.
-        i_q0 = tl.load(p_block + 4).to(tl.int64)
+        i_query = tl.load(p_block + 4).to(tl.int64)
         n_query = tl.load(p_block + 5)
-        i_tile0 = tl.load(entries + i_begin)
-        i_t0 = tl.load(tiles + i_tile0 * 6 + 1)
         # [BN, BK], [BN, BV]; one row at least
-        m_n = (o_n < tl.maximum(n_0, 1))[:, None]
         i_i = i_k + tl.minimum(n_0 - 1, 0)
-        p_k = k + i_i * k_t + i_n * k_n
-        b_k = tl.load(p_k + o_n[:, None] * k_t + o_k[None, :], mask=m_n & (o_k < DK)[None, :], other=0.0)
-        p_v = v + i_i * v_t + i_n * v_n
-        b_v = tl.load(p_v + o_n[:, None] * v_t + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0.0)
+        n_some = tl.maximum(n_0, 1)
+        b_k = load_rows(k + i_i * k_t + i_n * k_n, o_n, o_k, k_t, n_some, DK)
+        b_v = load_rows(v + i_i * v_t + i_n * v_n, o_n, o_v, v_t, n_some, DV)
         # [BN, BK], [BN, BV]
         b_dk = tl.zeros([BN, BK], tl.float32)
         b_dv = tl.zeros([BN, BV], tl.float32)
         # from 0 on: ascendnpu-ir 1.0.0 does not survive products in a loop whose first round is known at run time only
         for i_entry in range(0, (i_end - i_begin) * HEADS):
-            i_t = i_t0 + (tl.load(entries + i_begin + i_entry // HEADS) - i_tile0) * PACK
-            i_q = i_q0 + i_t
+            # all that is loaded of a tile is its place, for each load of a scalar makes everything wait
+            i_t = tl.load(entries + i_begin + i_entry // HEADS)
+            i_q = i_query + i_t
             n_t = tl.minimum(PACK, n_query - i_t)
             i_h, n_r = tile_rows(i_entry % HEADS, G, PACK, BH, n_t)
             i_row = i_n * r_n + i_q * r_t + i_h
-            # [BP, BI] -> [BP] how often each token chose the block -> [BR] each row
-            m_i = (o_p < n_t)[:, None] & (o_i < K)[None, :]
-            p_ids = ids + (i_n * n_all + i_q) * K
-            b_ids = tl.load(p_ids + o_p[:, None] * K + o_i[None, :], mask=m_i, other=-1).to(tl.float32)
-            b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
-            b_times = tl.sum(b_of * b_times[:, None], axis=0)
-            b_log = log_of(b_times)
+            # [BP, BI] -> [BR]
+            b_ids = ids_of_tokens(ids + (i_n * n_all + i_q) * K, o_p, o_i, n_t, K)
+            b_log = log_of_times(b_ids, b_of, i_block)
             b_lse = tl.load(lse + i_row + o_r, mask=o_r < n_r, other=NOTHING)
             b_delta = tl.load(delta + i_row + o_r, mask=o_r < n_r, other=0.0)
             # [BR, BK], [BR, BV]
-            m_r = (o_r < n_r)[:, None]
-            b_q = tl.load(q + i_row * DK + o_r[:, None] * DK + o_k[None, :], mask=m_r & (o_k < DK)[None, :], other=0.0)
-            b_g = tl.load(g + i_row * DV + o_r[:, None] * DV + o_v[None, :], mask=m_r & (o_v < DV)[None, :], other=0.0)
+            b_q = load_rows(q + i_row * DK, o_r, o_k, DK, n_r, DK)
+            b_g = load_rows(g + i_row * DV, o_r, o_v, DV, n_r, DV)
             # [BN, BR]
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
-            b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee") - b_delta[None, :]
+            b_p, b_slope = weights_and_slopes(b_k, b_q, b_v, b_g, (b_lse - b_log)[None, :], b_delta[None, :], scale)
+            b_ds = b_p * b_slope
             # Of rows that are not there the products are whatever the cube's memory held.
             if cuts_off(n_0, i_t, i_pos + i_0, BN, CAUSAL) | (n_r < BR):
                 b_seen = tokens_seen(i_t, b_t, n_k, CAUSAL) - (i_pos + i_0) * 1.0
-                m_s = b_key < tl.where(f_r < n_r * 1.0, b_seen, 0.0)[None, :]
-                b_s = tl.where(m_s, b_s, MASKED)
-                b_dp = tl.where(m_s, b_dp, 0.0)
-            b_p = tl.exp(b_s - (b_lse - b_log)[None, :])
-            b_ds = b_p * b_dp
+                m_seen = f_n[:, None] < tl.where(f_r < n_r * 1.0, b_seen, 0.0)[None, :]
+                b_p = tl.where(m_seen, b_p, 0.0)
+                b_ds = tl.where(m_seen, b_ds, 0.0)
             b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision="ieee")
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
         p_dk = dk + (i_part.to(tl.int64) * L + i_0) * DK

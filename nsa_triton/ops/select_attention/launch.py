@@ -39,7 +39,7 @@ TILES = {
 GROUP = 8  # blocks whose tiles are counted at once
 PARTS = 256  # about as many parts the lists of tiles are cut into, enough for the cores of every known chip
 MOST_TOKENS = 16  # query tokens per tile
-MOST_ENTRIES = 64  # ids per tile, if it has several tokens
+MOST_ENTRIES = 256  # ids per tile, if it has several tokens
 
 
 def tiles_with_keys(ragged: Ragged, per_tile: int) -> np.ndarray:
@@ -52,18 +52,20 @@ def tiles_with_keys(ragged: Ragged, per_tile: int) -> np.ndarray:
 def block_groups(
     ragged: Ragged, block: int, per_group: int, per_tile: int, causal: bool, device: torch.device
 ) -> Tensor:
-    """[groups, 5] of neighbouring blocks of a segment: the row of the first in key_tiles, and how many; the number of
-    the first within the segment; the tiles of query_tiles that may see them, from the first to behind the last."""
+    """[groups, 6] of neighbouring blocks of a segment: the row of the first in key_tiles, and how many; the number of
+    the first within the segment; the tiles of query_tiles that may see them, from the first to behind the last; the
+    number of the first of these within the segment."""
     blocks, tiles = -(-ragged.keys // block), tiles_with_keys(ragged, per_tile)
     segment, first = split(blocks, per_group)
     first_block, first_tile = np.cumsum(blocks) - blocks, np.cumsum(tiles) - tiles
-    unseen = np.minimum(first * block // per_tile, tiles[segment]) if causal else 0
+    unseen = np.minimum(first * block // per_tile, tiles[segment]) if causal else np.zeros_like(first)
     columns = (
         first_block[segment] + first,
         np.minimum(per_group, blocks[segment] - first),
         first,
         first_tile[segment] + unseen,
         first_tile[segment] + tiles[segment],
+        unseen,
     )
     return table(columns, device)
 
@@ -164,8 +166,8 @@ class Plan(AttentionPlan):
         return {
             "G": self.group, "K": self.count, "L": self.block, "CUT": cut, "PACK": self.pack, "E": self.entries,
             "U": self.union_width,
-            "CAUSAL": self.causal, "BH": self.head_rows, "BR": self.dot_tile(rows), "BN": self.dot_tile(cut),
-            "BI": self.target.tile(self.count), **self.head_tiles,
+            "CAUSAL": self.causal, "BH": self.head_rows, "BP": self.target.tile(self.pack), "BR": self.dot_tile(rows),
+            "BN": self.dot_tile(cut), "BI": self.target.tile(self.count), **self.head_tiles,
         }  # fmt: skip
 
 
@@ -294,7 +296,8 @@ def plan_inverse(inverse: Inverse) -> tuple[Launch, Launch, Launch]:
         "union": plan.union, "groups": inverse.groups, "before": inverse.before, **places, "entries": inverse.entries,
         "rows": inverse.part_rows, **sizes,
     }  # fmt: skip
-    config = plan.config(COUNT)
+    constexprs["PACK"] = plan.pack
+    config = plan.config(COUNT)  # the same tiles as those of the numbers before them
     return count, place, plan.launch(list_kernels.select_attention_fill, items, arguments, constexprs, config)
 
 
@@ -306,11 +309,11 @@ def plan_key_grads(
     sizes = {"n_rows": inverse.rows, "n_blocks": len(inverse.blocks), "n_all": plan.tokens, "most": inverse.most}
     arguments = {
         "q": rows["q"], "g": rows["g"], "k": key, "v": value, "lse": rows["lse"], "delta": rows["delta"],
-        "ids": plan.ids, "tiles": plan.tiles, "blocks": inverse.blocks, "places": inverse.places,
-        "parts": inverse.parts, "entries": inverse.entries, "rows": inverse.part_rows, "dk": inverse.key_grads,
-        "dv": inverse.value_grads, "scale": scale, **sizes, **plan.row_strides, **plan.keys,
+        "ids": plan.ids, "blocks": inverse.blocks, "places": inverse.places, "parts": inverse.parts,
+        "entries": inverse.entries, "rows": inverse.part_rows, "dk": inverse.key_grads, "dv": inverse.value_grads,
+        "scale": scale, **sizes, **plan.row_strides, **plan.keys,
     }  # fmt: skip
-    constexprs = {**plan.tile_constexprs(config), "BP": plan.target.tile(plan.pack)}
+    constexprs = plan.tile_constexprs(config)
     del constexprs["E"], constexprs["U"]
     items = len(inverse.part_rows) * (plan.block // constexprs["CUT"])
     grad = plan.launch(kernels.select_attention_dkv, items, arguments, constexprs, config, uses_cube=True)

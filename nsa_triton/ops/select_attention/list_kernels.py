@@ -3,10 +3,10 @@
 Names as in kernels.py: a tile is PACK adjacent tokens, and its E = PACK * K entries are their ids. The *union* is every
 block among them once.
 
-The inverse is for the gradients of keys and values: for every block the tiles whose union holds it. Their numbers are
-counted, places in one long list are given out, and the list is filled, all in ascending order and by copies of whole
-vectors: several cores that store single numbers into one cache line would overwrite one another. No atomics: the same
-inputs give the same lists.
+The inverse is for the gradients of keys and values: for every block the tiles whose union holds it. They are counted,
+places in one long list are given out, and the list is filled, all in ascending order and by copies of whole vectors:
+several cores that store single numbers into one cache line would overwrite one another. No atomics: the same inputs
+give the same lists.
 """
 
 import triton
@@ -72,7 +72,7 @@ def select_attention_union(
 @triton.jit(do_not_specialize=["n_items", "n_groups", "n_tiles", "n_blocks", "n_rows"])
 def select_attention_count(
     union,  # [N2, n_tiles, U] int32
-    groups,  # [n_groups, 5] first row of `blocks`, rows, number of the first block; first tile, the one behind the last
+    groups,  # [n_groups, 6], see block_groups
     before,  # [*, n_rows] int32, for each BT tiles of a group, how many tiles before them hold each block; then, in all
     counts,  # [n_rows] int32, how many tiles hold each block
     n_items,  # N2 * n_groups
@@ -91,7 +91,7 @@ def select_attention_count(
     o_e = tl.arange(0, BE)
     f_g = o_g.to(tl.float32)
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        p_group = groups + i_item % n_groups * 5
+        p_group = groups + i_item % n_groups * 6
         i_n = (i_item // n_groups).to(tl.int64)
         n_g = tl.load(p_group + 1)
         i_block = tl.load(p_group + 2)
@@ -150,17 +150,18 @@ def select_attention_place(
 @triton.jit(do_not_specialize=["n_items", "n_groups", "n_tiles", "n_blocks", "n_rows"])
 def select_attention_fill(
     union,  # [N2, n_tiles, U] int32
-    groups,  # [n_groups, 5]
+    groups,  # [n_groups, 6]
     before,  # [*, n_rows] int32
     places,  # [n_rows + 1] int32
     parts,  # [n_rows + 1] int32
-    entries,  # [*] int32, the tiles of each list, ascending
+    entries,  # [*] int32, for each tile of a list the place of its first token in its segment, ascending
     rows,  # [*] int32, the row of each part
     n_items,  # N2 * n_groups
     n_groups,
     n_tiles,
     n_blocks,
     n_rows,
+    PACK: tl.constexpr,
     E: tl.constexpr,
     U: tl.constexpr,
     BT: tl.constexpr,  # as in select_attention_count
@@ -172,12 +173,13 @@ def select_attention_fill(
     # [BT, BT] 1.0 where the row is before the column
     b_earlier = tl.where(f_t[:, None] < f_t[None, :], 1.0, 0.0)
     for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        p_group = groups + i_item % n_groups * 5
+        p_group = groups + i_item % n_groups * 6
         i_n = (i_item // n_groups).to(tl.int64)
         n_g = tl.load(p_group + 1)
         i_block = tl.load(p_group + 2)
         i_first = tl.load(p_group + 3)
         n_t = tl.load(p_group + 4) - i_first
+        i_place = tl.load(p_group + 5)
         i_row = i_n * n_blocks + tl.load(p_group)
         for i_t in range(0, n_t, BT):
             # [BT, BE]
@@ -195,9 +197,9 @@ def select_attention_fill(
                     b_place = b_place * b_here + b_here - 1.0
                     # [BT, BT] -> [BT] those tiles, side by side
                     b_tile = tl.where(b_place[:, None] == f_t[None, :], f_t[:, None], 0.0)
-                    b_tile = tl.sum(b_tile, axis=0).to(tl.int32) + (i_first + i_t)
+                    b_tile = tl.sum(b_tile, axis=0).to(tl.int32) + (i_place + i_t)
                     p_entries = entries + tl.load(places + i_row + i_g) + n_before
-                    tl.store(p_entries + o_t, b_tile, mask=o_t < n_here)
+                    tl.store(p_entries + o_t, b_tile * PACK, mask=o_t < n_here)
         for i_g in range(0, n_g):
             i_part = tl.load(parts + i_row + i_g)
             n_parts = tl.load(parts + i_row + i_g + 1) - i_part
