@@ -14,8 +14,8 @@ from nsa_triton.ascend.simulator.faults import TooSlowError
 from nsa_triton.ascend.toolchain import compiler
 from nsa_triton.errors import NsaError, ToolchainError
 from nsa_triton.runtime.launch import Launch
-from nsa_triton.tuning.planning import Choices, choosing, fingerprint, name_of, planned
-from nsa_triton.tuning.space import Space, disagreement, needs, space_of
+from nsa_triton.tuning.planning import asked_for, choosing, default_config, fingerprint, name_of, planned
+from nsa_triton.tuning.space import SPACES, Space, disagreement, needs, space_of
 from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
 from nsa_triton.tuning.timing import Place, place_named, timed
 from nsa_triton.workloads import Shape, Workload, workload
@@ -39,8 +39,19 @@ def shape_to_time(op: str, shape: Shape, tokens: int, place: Place) -> Shape:
     return shape.part(tokens, selected="select" in op) if place.simulated and trains_attention else shape
 
 
-def choices(sweep: Sweep, candidate: Candidate) -> Choices:
-    return (*sweep.others, (sweep.kernel, candidate))
+def choices(sweep: Sweep, candidate: Candidate) -> list[tuple[str, Candidate]]:
+    """The configs of all kernels of the call: what the others ask for may depend on the candidate's tiles.
+
+    Kernels that come later count with their defaults, so that the sweep stays the same one when they are tuned.
+    """
+    work, place, _ = workload_of(sweep)
+    order = [space.kernel for space in SPACES[sweep.family]]
+    chosen = [(sweep.kernel, candidate)]
+    for one in asked_for(work, place, chosen[:1]):
+        later = order.index(one.kernel) > order.index(sweep.kernel)
+        config = default_config(one, place.target) if later else one.found
+        chosen.append((one.kernel, Candidate.of(config.tiles, config.options.get(place.target.kind, {}))))
+    return chosen
 
 
 def timed_launches(sweep: Sweep, candidate: Candidate) -> list[Launch]:

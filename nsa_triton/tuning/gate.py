@@ -21,7 +21,7 @@ from nsa_triton.ops.catalog import families
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulating
 from nsa_triton.runtime.target import KIND_OF_DEVICE
-from nsa_triton.tuning.evaluation import choices, evaluate, shape_to_time, workload_of
+from nsa_triton.tuning.evaluation import evaluate, shape_to_time, workload_of
 from nsa_triton.tuning.planning import choosing
 from nsa_triton.tuning.plans import default_of
 from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
@@ -58,7 +58,7 @@ def what_is_wrong(sweep: Sweep, candidate: Candidate) -> str:
     races, as far as they fit there: their shapes are not the one that is tuned.
     """
     place = place_named(sweep.chip, sweep.compiler)
-    chosen = choices(sweep, candidate)
+    chosen = [(sweep.kernel, candidate)]
     try:
         with choosing(chosen, KIND_OF_DEVICE[place.device.type]):
             wrong = next(_failures(sweep.op, place.device), "")

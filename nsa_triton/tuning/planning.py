@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from nsa_triton.runtime.configs import Config, KeyItems, listening, overriding
+from nsa_triton.runtime.configs import Config, KeyItems, listening, lookup, overriding
 from nsa_triton.runtime.launch import INSTEAD, Launch
-from nsa_triton.runtime.target import STAND_IN
+from nsa_triton.runtime.target import STAND_IN, Target
 from nsa_triton.tuning.sweep import Candidate
 from nsa_triton.tuning.timing import Place
 from nsa_triton.workloads import Workload
@@ -72,16 +72,22 @@ def choosing(choices: Choices, kind: str) -> Iterator[None]:
         yield
 
 
-def asked_for(work: Workload, place: Place) -> list[Asked]:
-    """The look-ups of the call, each kernel's once, with what the files say."""
+def asked_for(work: Workload, place: Place, choices: Choices = ()) -> list[Asked]:
+    """The look-ups of the call, each kernel's once, with what the files say. Those of chosen kernels are none."""
     found: dict[str, Asked] = {}
 
     def note(op: str, key: KeyItems, length: int, tiles: tuple[str, ...], config: Config) -> None:
         found.setdefault(config.kernel, Asked(op, config.kernel, key, length, tiles, config))
 
     with listening(note):
-        planned(work, place, ())
+        planned(work, place, choices)
     return list(found.values())
+
+
+def default_config(asked: Asked, target: Target) -> Config:
+    """What default/ says, whatever is tuned."""
+    plain = replace(target, name="default")
+    return lookup(asked.family, asked.kernel, plain, dict(asked.key), asked.length, asked.tiles)
 
 
 def name_of(launch: Launch) -> str:

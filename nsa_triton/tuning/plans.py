@@ -13,12 +13,11 @@ import nsa_triton
 from nsa_triton.ascend.chips import UB_LIMIT
 from nsa_triton.errors import ArgumentValueError
 from nsa_triton.ops.catalog import Family, families
-from nsa_triton.runtime.configs import Config, config_roots, load, lookup
+from nsa_triton.runtime.configs import Config, config_roots, load
 from nsa_triton.runtime.launch import Launch
-from nsa_triton.runtime.target import Target
 from nsa_triton.tuning.evaluation import evaluate, refusal, shape_to_time, timed_launches, workload_of
 from nsa_triton.tuning.journal import Journal, journal_path
-from nsa_triton.tuning.planning import Asked, asked_for, fingerprint
+from nsa_triton.tuning.planning import Asked, asked_for, default_config, fingerprint
 from nsa_triton.tuning.search import Search
 from nsa_triton.tuning.space import SPACES, Space
 from nsa_triton.tuning.sweep import Candidate, Sweep
@@ -115,20 +114,10 @@ def plan(sweep: Sweep) -> Planned:
     """What there is to try, now."""
     work, place, space = workload_of(sweep)
     kind = place.target.kind
-    asked = {one.kernel: one for one in asked_for(work, place)}
-    order = [one.kernel for one in SPACES[sweep.family]]
-    # Kernels that come later count with their defaults, so that the sweep stays the same one when they are tuned.
-    others = []
-    for kernel, one in asked.items():
-        later = order.index(kernel) > order.index(sweep.kernel)
-        config = _default(one, place.target) if later else one.found
-        if kernel != sweep.kernel:
-            others.append((kernel, Candidate.of(config.tiles, config.options.get(kind, {}))))
-    whole = replace(sweep, others=tuple(others))
-    mine = asked[sweep.kernel]
-    default = _candidate(_default(mine, place.target), space, kind)
+    (mine,) = (one for one in asked_for(work, place) if one.kernel == sweep.kernel)
+    default = _candidate(default_config(mine, place.target), space, kind)
     tiles = [Candidate(tuple(tiles.items()), default.options) for tiles in space.candidates(kind)]
-    launches = [fingerprint(launch) for launch in timed_launches(whole, default)]
+    launches = [fingerprint(launch) for launch in timed_launches(sweep, default)]
     source = hashlib.sha256(repr(launches).encode()).hexdigest()[:12]
     identity = {
         "op": sweep.op, "kernel": sweep.kernel, "compiler": sweep.compiler,
@@ -137,25 +126,19 @@ def plan(sweep: Sweep) -> Planned:
         "nsa_triton": nsa_triton.__version__, **place.versions(),
         "chip": simulated_like(sweep.chip) if place.simulated else sweep.chip,
     }  # fmt: skip
-    return Planned(whole, mine, default, tuple(_worth_trying(whole, default, tiles)), len(tiles), identity, source)
+    return Planned(sweep, mine, default, tuple(_worth_trying(sweep, default, tiles)), len(tiles), identity, source)
 
 
 def default_of(sweep: Sweep) -> Candidate:
     """What the kernel is launched with while nothing is tuned."""
     work, place, space = workload_of(sweep)
     (mine,) = (one for one in asked_for(work, place) if one.kernel == sweep.kernel)
-    return _candidate(_default(mine, place.target), space, place.target.kind)
+    return _candidate(default_config(mine, place.target), space, place.target.kind)
 
 
 def _candidate(config: Config, space: Space, kind: str) -> Candidate:
     sizes = {name: config.tiles[name] for name in space.tiles}
     return Candidate.of(sizes, config.options.get(kind, {}))
-
-
-def _default(asked: Asked, target: Target) -> Config:
-    """What default/ says, whatever is tuned."""
-    plain = replace(target, name="default")
-    return lookup(asked.family, asked.kernel, plain, dict(asked.key), asked.length, asked.tiles)
 
 
 def _host(simulated: bool) -> str:

@@ -61,8 +61,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is searched. `others` are the configs of the other kernels of the call while this one is tuned. Candidates
-    that take more than `most_us` are not simulated to the end, and programs whose time is `known` not at all."""
+    """What is searched. Candidates that take more than `most_us` are not simulated to the end, and programs whose time
+    is `known` not at all."""
 
     op: str
     family: str
@@ -72,7 +72,6 @@ class Sweep:
     chip: str  # an Ascend chip, or the name of a target of this machine
     compiler: str | None
     ub_limit: int = UB_LIMIT
-    others: tuple[tuple[str, Candidate], ...] = field(default=())
     most_us: float = float("inf")
     known: tuple[tuple[str, float], ...] = field(default=())
 

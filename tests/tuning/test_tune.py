@@ -29,7 +29,7 @@ from nsa_triton.runtime.configs import load
 from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulated_times, simulating
 from nsa_triton.runtime.target import target_of
-from nsa_triton.tuning import gate, merge, planning, plans, tune
+from nsa_triton.tuning import evaluation, gate, merge, planning, plans, tune
 from nsa_triton.tuning import workers as team
 from nsa_triton.tuning.evaluation import evaluate
 from nsa_triton.tuning.gate import slower_when_longer, what_is_wrong
@@ -40,7 +40,7 @@ from nsa_triton.tuning.sweep import Verdict
 from nsa_triton.tuning.timing import place_named
 from nsa_triton.tuning.tune import Interrupted, Output
 from nsa_triton.tuning.workers import Processes, workers
-from nsa_triton.workloads import workload
+from nsa_triton.workloads import SHAPES, workload
 from tests.tuning.sweeps import CHIP, TINY, candidate, needs_toolchain, small_space, timed, tiny_plan, tiny_sweep
 
 pytestmark = needs_toolchain
@@ -124,37 +124,50 @@ def test_the_default_is_that_of_the_files_and_equal_launches_are_tried_once():
     assert dict(planned.asked.key) == {"itemsize": 2, "head_dim": 64, "piece": 16, "compiler": planned.sweep.compiler}
 
 
-def test_others_are_tuned_if_they_come_before_and_defaults_if_they_come_later(tmp_path, monkeypatch):
+def test_others_are_tuned_if_they_come_before_and_defaults_if_they_come_later(monkeypatch):
     """So a sweep stays the same when those behind it are tuned."""
     request = plans.Request(["nsa_compress_grad"], [(CHIP, None)], [TINY], [256])
     names = ("compress_bwd_dx", "compress_bwd_dw", "sum_parts")
     found = {sweep.kernel: sweep for sweep in plans.sweeps(request)}
     assert tuple(found) == names
-    before = {name: dict(plans.plan(found[name]).sweep.others) for name in names}
-    assert all(set(others) == set(names) - {name} for name, others in before.items())
-    default = before["compress_bwd_dx"]["compress_bwd_dw"]
+    defaults = {name: plans.default_of(found[name]) for name in names}
 
+    def others_of(name):
+        chosen = dict(evaluation.choices(found[name], defaults[name]))
+        assert set(chosen) == set(names)
+        assert chosen.pop(name) == defaults[name]
+        return chosen
+
+    assert others_of("compress_bwd_dx") == {name: defaults[name] for name in names[1:]}
     tuned = candidate(BT=16, BD=64)
-    with plans_say({"compress_bwd_dw": tuned}, monkeypatch):
-        assert dict(plans.plan(found["compress_bwd_dx"]).sweep.others)["compress_bwd_dw"] == default
-        assert dict(plans.plan(found["sum_parts"]).sweep.others)["compress_bwd_dw"] == tuned
+    files_say({"compress_bwd_dw": tuned}, monkeypatch)
+    assert others_of("compress_bwd_dx")["compress_bwd_dw"] == defaults["compress_bwd_dw"]
+    assert others_of("sum_parts")["compress_bwd_dw"] == tuned
 
 
-def plans_say(tuned, monkeypatch):
-    """Look-ups of the plans find these, as if files said so; those of default/ do not."""
-    real = planning.asked_for
+def test_others_have_the_configs_that_a_candidates_tiles_make_them_ask_for():
+    request = plans.Request(["nsa_select_attention"], [(CHIP, "1.2.0")], [SHAPES["gqa-d64-g4"]], [256])
+    (sweep,) = (one for one in plans.sweeps(request) if one.kernel == "select_attention_fwd")
+    columns = {
+        rows: dict(dict(evaluation.choices(sweep, candidate(BR=rows, BN=64)))["select_attention_union"].tiles)["BC"]
+        for rows in (16, 64)
+    }
+    assert columns == {16: 64, 64: 16}, "with 64 ids per tile, and with 256, which leave room for fewer"
 
-    def asked_for(work, place):
+
+def files_say(tuned, monkeypatch):
+    """Look-ups of evaluations find these, as if files said so; those of default/ do not."""
+    real = evaluation.asked_for
+
+    def asked_for(*arguments):
         return [
             replace(one, found=replace(one.found, tiles=dict(tuned[one.kernel].tiles), options={}))
             if one.kernel in tuned
             else one
-            for one in real(work, place)
+            for one in real(*arguments)
         ]
 
-    context = monkeypatch.context()
-    monkeypatch.setattr(plans, "asked_for", asked_for)
-    return context
+    monkeypatch.setattr(evaluation, "asked_for", asked_for)
 
 
 def test_a_kernel_that_two_ops_share_is_tuned_once():
