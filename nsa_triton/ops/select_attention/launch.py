@@ -40,6 +40,9 @@ GROUP = 8  # blocks whose tiles are counted at once
 PARTS = 256  # about as many parts the lists of tiles are cut into, enough for the cores of every known chip
 MOST_TOKENS = 16  # query tokens per tile
 MOST_ENTRIES = 256  # ids per tile, if it has several tokens
+# The union's tile is as wide as need be up to the first of these, then one of the others: the compilers share buffers
+# once there is no room without, so that with 136 columns they need less of the unified buffer than with 100.
+UNION_WIDTHS = (40, 72, 136, 264)
 
 
 def tiles_with_keys(ragged: Ragged, per_tile: int) -> np.ndarray:
@@ -181,9 +184,15 @@ def plan_union(plan: Plan) -> Launch:
     }  # fmt: skip
     constexprs = {
         "K": plan.count, "L": plan.block, "E": plan.entries, "U": plan.union_width, "CAUSAL": plan.causal,
-        "BC": min(config.tiles["BC"], plan.target.tile(whole)), "BE": plan.target.tile(plan.union_width),
+        "BC": min(config.tiles["BC"], plan.target.tile(whole)), "BE": plan.target.tile(_union_tile(plan.union_width)),
     }  # fmt: skip
     return plan.launch(list_kernels.select_attention_union, items, arguments, constexprs, config)
+
+
+def _union_tile(width: int) -> int:
+    if width <= UNION_WIDTHS[0]:
+        return width
+    return next((enough for enough in UNION_WIDTHS if width <= enough), width)
 
 
 def plan_forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float, outputs: list[Tensor]) -> Launch:

@@ -15,13 +15,14 @@ if reason := no_ascend():
 from nsa_triton.ops.select_attention import launch
 from nsa_triton.ops.select_attention.cases import COMPILES
 
-# The largest tiles of the shipped file: dtype, heads, kv heads, key and value head size, block, entries, causal.
+# The largest tiles of the shipped file, and tiles of many numbers of ids: dtype, heads, kv heads, key and value head
+# size, block, blocks per token, causal.
 WORST = [
     (dtype, heads, 1, key_dim, value_dim, 128, 16, True)
     for dtype in (torch.bfloat16, torch.float32)
     for heads in (1, 64)
     for key_dim, value_dim in ((192, 128), (256, 256))
-]
+] + [(torch.bfloat16, 16, 1, 192, 128, 64, count, True) for count in (1, 5, 9, 12, 24, 33, 64, 100, 128, 256)]
 
 
 class TestCompile(ConfigsCompile, FirstCaseCompiles):
