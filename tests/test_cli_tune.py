@@ -197,8 +197,10 @@ def test_ctrl_c_keeps_what_was_found(capsys, given, tmp_path, monkeypatch):
 @needs_toolchain
 def test_on_a_chip_of_this_machine_times_are_measured(capsys, tmp_path, monkeypatch):
     """The kernels run on this CPU, with real data; the default is made slow, so that something better is found."""
-    slow, real = {"BD": 16}, plans._default
-    monkeypatch.setattr(plans, "_default", lambda *asked: dataclasses.replace(real(*asked), tiles=slow, options={}))
+    slow, real = {"BD": 16}, plans.default_config
+    monkeypatch.setattr(
+        plans, "default_config", lambda *asked: dataclasses.replace(real(*asked), tiles=slow, options={})
+    )
     command = ["tune", "compress_infer", "--tokens", "8192", "--chip", "cpu", "--output", str(tmp_path), "--json"]
     assert main(command) == 0
     (result,) = json.loads(capsys.readouterr().out)
