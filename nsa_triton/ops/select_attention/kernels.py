@@ -327,7 +327,7 @@ def select_attention_dq(
 # ---- the gradients of k and v ----
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_all", "most", "r_t", "r_n"])
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_all", "r_t", "r_n"])
 def select_attention_dkv(
     q,  # [rows, DK]
     g,  # [rows, DV]
@@ -341,13 +341,13 @@ def select_attention_dkv(
     parts,  # [n_rows + 1] int32
     entries,  # [*] int32, the place of the first token of each tile
     rows,  # [*] int32, the row of each part
+    most,  # [8] int32, how many entries of a list make one part
     dk,  # [*, L, DK] float32, of each part
     dv,  # [*, L, DV] float32
     scale,
     n_rows,  # N2 * n_blocks
     n_blocks,
     n_all,  # T
-    most,  # entries of a list that make one part
     r_t,  # strides
     r_n,
     k_t,
@@ -381,6 +381,7 @@ def select_attention_dkv(
     f_n = o_n.to(tl.float32)
     HEADS: tl.constexpr = (G + BH - 1) // BH
     CUTS: tl.constexpr = L // CUT
+    n_most = tl.load(most)
     for i_item in range(tl.program_id(0), tl.load(parts + n_rows) * CUTS, tl.num_programs(0)):
         i_part = i_item // CUTS
         i_0 = i_item % CUTS * CUT
@@ -392,8 +393,8 @@ def select_attention_dkv(
         i_block = i_pos // L
         n_0 = tl.load(p_block + 2) - i_0
         n_k = tl.load(p_block + 3)
-        i_begin = tl.load(places + i_list) + (i_part - tl.load(parts + i_list)) * most
-        i_end = tl.minimum(i_begin + most, tl.load(places + i_list + 1))
+        i_begin = tl.load(places + i_list) + (i_part - tl.load(parts + i_list)) * n_most
+        i_end = tl.minimum(i_begin + n_most, tl.load(places + i_list + 1))
         i_query = tl.load(p_block + 4).to(tl.int64)
         n_query = tl.load(p_block + 5)
         # [BN, BK], [BN, BV]; one row at least

@@ -37,7 +37,7 @@ TILES = {
     SUM: ("BM",),
 }
 GROUP = 8  # blocks whose tiles are counted at once
-PARTS = 256  # about as many parts the lists of tiles are cut into, enough for the cores of every known chip
+PARTS = 256  # so many parts the lists of tiles are cut into at least, enough for the cores of every known chip
 MOST_TOKENS = 16  # query tokens per tile
 MOST_ENTRIES = 256  # ids per tile, if it has several tokens
 # The union's tile is as wide as need be up to the first of these, then one of the others: the compilers share buffers
@@ -267,12 +267,12 @@ class Inverse:
         blocks = -(-ragged.keys // plan.block)
         tiles = tiles_with_keys(ragged, plan.pack)
         bound = plan.kv_heads * int((tiles * np.minimum(blocks, plan.entries)).sum())
-        self.most = max(1, -(-bound // PARTS))  # whatever the device: the parts decide the order of summation
         parts = self.rows + PARTS
         new = functools.partial(torch.empty, device=plan.device)
         self.counts, self.places, self.parts, self.entries, self.part_rows = (
             new(size, dtype=torch.int32) for size in (self.rows, self.rows + 1, self.rows + 1, bound, parts)
         )
+        self.most = new(8, dtype=torch.int32)  # of all entries: the parts decide the order of summation
         steps = -(-int(tiles.max()) // plan.config(COUNT).tiles["BT"])
         self.before = new((steps + 1, self.rows), dtype=torch.int32)
         self.key_grads, self.value_grads = (
@@ -298,8 +298,9 @@ def plan_inverse(inverse: Inverse) -> tuple[Launch, Launch, Launch]:
 
     config = plan.config(PLACE)
     places = {"places": inverse.places, "parts": inverse.parts}
-    arguments = {"counts": inverse.counts, **places, "n_rows": inverse.rows, "most": inverse.most}
-    place = plan.launch(list_kernels.select_attention_place, 1, arguments, {"BO": config.tiles["BO"]}, config)
+    arguments = {"counts": inverse.counts, **places, "most": inverse.most, "n_rows": inverse.rows}
+    in_one = {"PARTS": PARTS, "BO": config.tiles["BO"]}
+    place = plan.launch(list_kernels.select_attention_place, 1, arguments, in_one, config)
 
     arguments = {
         "union": plan.union, "groups": inverse.groups, "before": inverse.before, **places, "entries": inverse.entries,
@@ -315,12 +316,12 @@ def plan_key_grads(
 ) -> tuple[Launch, Launch, Launch]:
     plan = inverse.plan
     config = plan.config(DKV)
-    sizes = {"n_rows": inverse.rows, "n_blocks": len(inverse.blocks), "n_all": plan.tokens, "most": inverse.most}
+    sizes = {"n_rows": inverse.rows, "n_blocks": len(inverse.blocks), "n_all": plan.tokens}
     arguments = {
         "q": rows["q"], "g": rows["g"], "k": key, "v": value, "lse": rows["lse"], "delta": rows["delta"],
         "ids": plan.ids, "blocks": inverse.blocks, "places": inverse.places, "parts": inverse.parts,
-        "entries": inverse.entries, "rows": inverse.part_rows, "dk": inverse.key_grads, "dv": inverse.value_grads,
-        "scale": scale, **sizes, **plan.row_strides, **plan.keys,
+        "entries": inverse.entries, "rows": inverse.part_rows, "most": inverse.most, "dk": inverse.key_grads,
+        "dv": inverse.value_grads, "scale": scale, **sizes, **plan.row_strides, **plan.keys,
     }  # fmt: skip
     constexprs = plan.tile_constexprs(config)
     del constexprs["E"], constexprs["U"]

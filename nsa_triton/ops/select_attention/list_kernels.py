@@ -118,13 +118,14 @@ def select_attention_count(
         tl.store(counts + i_row + o_g, b_counts.to(tl.int32), mask=o_g < n_g)
 
 
-@triton.jit(do_not_specialize=["n_rows", "most"])
+@triton.jit(do_not_specialize=["n_rows"])
 def select_attention_place(
     counts,  # [n_rows] int32
     places,  # [n_rows + 1] int32, where the list of each row begins
     parts,  # [n_rows + 1] int32, the first part of each row
+    most,  # [8] int32, 8 times the same: how many entries of a list make one part
     n_rows,
-    most,  # entries of a list that make one part
+    PARTS: tl.constexpr,  # as many parts as there are more than rows, at the most
     BO: tl.constexpr,
 ):
     """Sums of what comes before each row. One program: there are few rows, T2 N2 / L."""
@@ -133,12 +134,18 @@ def select_attention_place(
     # [BO, BO] 1.0 where the row is before the column
     b_before = tl.where(f_o[:, None] < f_o[None, :], 1.0, 0.0)
     b_zeros = tl.zeros([BO, BO], tl.float32)
+    # Long lists are cut where a part has its share of all entries.
+    b_entries = tl.zeros([BO], tl.int32)
+    for i_o in range(0, n_rows, BO):
+        b_entries += tl.load(counts + i_o + o_o, mask=o_o < n_rows - i_o, other=0)
+    n_most = tl.maximum((tl.sum(b_entries, axis=0) + PARTS - 1) // PARTS, 1)
+    tl.store(most + tl.arange(0, 8), tl.zeros([8], tl.int32) + n_most)
     # [BO] the sums so far, in every element: they never become scalars, which would wait for the vector unit
     b_places = tl.zeros([BO], tl.int32)
     b_all_parts = tl.zeros([BO], tl.int32)
     for i_o in range(0, n_rows + 1, BO):
         b_counts = tl.load(counts + i_o + o_o, mask=o_o < n_rows - i_o, other=0).to(tl.float32)
-        b_parts = ((b_counts + (most - 0.5)) / most).to(tl.int32).to(tl.float32)
+        b_parts = ((b_counts + (n_most - 0.5)) / n_most).to(tl.int32).to(tl.float32)
         b_place = tl.sum(b_counts[:, None] * b_before, axis=0).to(tl.int32)
         b_part = tl.sum(b_parts[:, None] * b_before, axis=0).to(tl.int32)
         tl.store(places + i_o + o_o, b_place + b_places, mask=o_o < n_rows + 1 - i_o)
