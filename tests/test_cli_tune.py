@@ -10,7 +10,7 @@ import pytest
 from nsa_triton.ascend.chips import CHIPS
 from nsa_triton.cli import main
 from nsa_triton.ops.catalog import FAMILIES
-from nsa_triton.tuning import merge, plans
+from nsa_triton.tuning import merge, planning, plans
 from nsa_triton.tuning.space import SPACES
 from nsa_triton.tuning.sweep import Verdict
 from nsa_triton.workloads import SHAPES
@@ -197,7 +197,7 @@ def test_ctrl_c_keeps_what_was_found(capsys, given, tmp_path, monkeypatch):
 @needs_toolchain
 def test_on_a_chip_of_this_machine_times_are_measured(capsys, tmp_path, monkeypatch):
     """The kernels run on this CPU, with real data; the default is made slow, so that something better is found."""
-    slow, real = {"BD": 16}, plans.default_config
+    slow, real = {"BD": 16}, planning.default_config
     monkeypatch.setattr(
         plans, "default_config", lambda *asked: dataclasses.replace(real(*asked), tiles=slow, options={})
     )

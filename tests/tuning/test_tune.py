@@ -157,7 +157,7 @@ def test_others_have_the_configs_that_a_candidates_tiles_make_them_ask_for():
 
 def files_say(tuned, monkeypatch):
     """Look-ups of evaluations find these, as if files said so; those of default/ do not."""
-    real = evaluation.asked_for
+    real = planning.asked_for
 
     def asked_for(*arguments):
         return [
