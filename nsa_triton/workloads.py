@@ -71,7 +71,7 @@ SHAPES = _shapes()
 INDICES = ("random", "scores", "local")
 BATCH = 16  # sequences that decode together, where nothing else is asked for
 BUSY_ROWS = 65536  # query tokens times heads: about twenty tiles for every core
-BUSY_TOKENS = 4096  # query tokens times kv heads, where blocks are selected: about forty tiles for every core
+BUSY_TOKENS = 4096  # query tokens times kv heads, where blocks are selected: ten tiles and more for every core
 RUN = 8  # adjacent query tokens with the same best blocks
 LISTS = tuple(f"select_attention_{name}" for name in ("union", "count", "place", "fill"))
 

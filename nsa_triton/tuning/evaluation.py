@@ -14,7 +14,7 @@ from nsa_triton.ascend.simulator.faults import TooSlowError
 from nsa_triton.ascend.toolchain import compiler
 from nsa_triton.errors import NsaError, ToolchainError
 from nsa_triton.runtime.launch import Launch
-from nsa_triton.tuning.planning import asked_for, choosing, default_config, fingerprint, name_of, planned
+from nsa_triton.tuning.planning import Choices, asked_for, choosing, default_config, fingerprint, name_of, planned
 from nsa_triton.tuning.space import SPACES, Space, disagreement, needs, space_of
 from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
 from nsa_triton.tuning.timing import Place, place_named, timed
@@ -54,10 +54,10 @@ def choices(sweep: Sweep, candidate: Candidate) -> list[tuple[str, Candidate]]:
     return chosen
 
 
-def timed_launches(sweep: Sweep, candidate: Candidate) -> list[Launch]:
+def timed_launches(sweep: Sweep, chosen: Choices) -> list[Launch]:
     """The launches that are compared, those of the candidate's kernel and of kernels that its tiles decide."""
     work, place, space = workload_of(sweep)
-    return [launch for launch in planned(work, place, choices(sweep, candidate)) if name_of(launch) in space.timed]
+    return [launch for launch in planned(work, place, chosen) if name_of(launch) in space.timed]
 
 
 def refusal(sweep: Sweep, launches: Iterable[Launch]) -> str:
@@ -82,7 +82,8 @@ def evaluate(sweep: Sweep, candidate: Candidate) -> Verdict:
         return Verdict(kind, why, seconds=round(time.perf_counter() - began, 2), **figures)
 
     work, place, space = workload_of(sweep)
-    launches = timed_launches(sweep, candidate)
+    chosen = choices(sweep, candidate)
+    launches = timed_launches(sweep, chosen)
     why = refusal(sweep, launches)
     if why:
         return verdict("limits", why)
@@ -95,7 +96,7 @@ def evaluate(sweep: Sweep, candidate: Candidate) -> Verdict:
     if known is not None:
         return verdict("timed", us=known, **figures)
     try:
-        with choosing(choices(sweep, candidate), place.target.kind):
+        with choosing(chosen, place.target.kind):
             found = timed(work, place, space.timed, sweep.most_us)
     except ToolchainError:
         raise

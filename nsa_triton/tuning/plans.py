@@ -15,7 +15,7 @@ from nsa_triton.errors import ArgumentValueError
 from nsa_triton.ops.catalog import Family, families
 from nsa_triton.runtime.configs import Config, config_roots, load
 from nsa_triton.runtime.launch import Launch
-from nsa_triton.tuning.evaluation import evaluate, refusal, shape_to_time, timed_launches, workload_of
+from nsa_triton.tuning.evaluation import choices, evaluate, refusal, shape_to_time, timed_launches, workload_of
 from nsa_triton.tuning.journal import Journal, journal_path
 from nsa_triton.tuning.planning import Asked, asked_for, default_config, fingerprint
 from nsa_triton.tuning.search import Search
@@ -117,7 +117,7 @@ def plan(sweep: Sweep) -> Planned:
     (mine,) = (one for one in asked_for(work, place) if one.kernel == sweep.kernel)
     default = _candidate(default_config(mine, place.target), space, kind)
     tiles = [Candidate(tuple(tiles.items()), default.options) for tiles in space.candidates(kind)]
-    launches = [fingerprint(launch) for launch in timed_launches(sweep, default)]
+    launches = [fingerprint(launch) for launch in timed_launches(sweep, choices(sweep, default))]
     source = hashlib.sha256(repr(launches).encode()).hexdigest()[:12]
     identity = {
         "op": sweep.op, "kernel": sweep.kernel, "compiler": sweep.compiler,
@@ -148,9 +148,9 @@ def _host(simulated: bool) -> str:
 
 def _worth_trying(sweep: Sweep, default: Candidate, tiles: Iterable[Candidate]) -> Iterator[Candidate]:
     """Those that arithmetic lets pass, and that launch something else than those before them."""
-    seen = {_fingerprints(timed_launches(sweep, default))}
+    seen = {_fingerprints(timed_launches(sweep, choices(sweep, default)))}
     for candidate in tiles:
-        launches = timed_launches(sweep, candidate)
+        launches = timed_launches(sweep, choices(sweep, candidate))
         found = _fingerprints(launches)
         if found not in seen and not refusal(sweep, launches):
             seen.add(found)

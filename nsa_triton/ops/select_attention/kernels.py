@@ -22,7 +22,7 @@ parts where it is long, whose sums a last kernel adds in order. No atomics: the 
 import triton
 import triton.language as tl
 
-from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, load_rows, weights_and_slopes
+from nsa_triton.ops._common.primitives import MASKED, NO_SCORE, is_column, load_rows, weights_and_slopes
 
 NOTHING: tl.constexpr = tl.constexpr(3e38)  # the log-sum-exp of a row that saw nothing: exp(s - it) = 0
 BEHIND: tl.constexpr = tl.constexpr(1e9)  # larger than every place in a segment
@@ -50,7 +50,7 @@ def ids_of_tokens(p_ids, o_p, o_i, n_t, K: tl.constexpr):
 def token_of_rows(o_r, o_p, BH: tl.constexpr):
     """[BR] the number of the token of each row within its tile, and [BP, BR] 1.0 where a row is one of a token."""
     b_t = ((o_r.to(tl.float32) + 0.5) / BH).to(tl.int32).to(tl.float32)
-    return b_t, tl.where(o_p.to(tl.float32)[:, None] == b_t[None, :], 1.0, 0.0)
+    return b_t, is_column(o_p.to(tl.float32)[:, None], b_t[None, :])
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def log_of_times(b_ids, b_of, i_block):
     """[BR] the logarithm of how often the token of each row chose a block, which is added to its scores. Where it did
     not, no probability is left; the vector unit's logarithm of 0 is not defined.
 
-    Counted by tokens, then handed to their rows: a comparison of each row with its ids takes a fifth of the loop.
+    Counted by tokens, then handed to their rows: comparing each row with its ids makes the loop 1.1 times as long.
     """
     b_times = tl.sum(tl.where(b_ids == i_block * 1.0, 1.0, 0.0), axis=1)
     b_times = tl.sum(b_of * b_times[:, None], axis=0)

@@ -282,7 +282,7 @@ class Inverse:
 
 def plan_inverse(inverse: Inverse) -> tuple[Launch, Launch, Launch]:
     plan = inverse.plan
-    config = plan.config(COUNT)
+    config = plan.config(COUNT)  # of the fill too, which reads what is counted for each tile of it
     items = len(inverse.groups) * plan.kv_heads
     sizes = {
         "n_items": items, "n_groups": len(inverse.groups), "n_tiles": len(plan.tiles), "n_blocks": len(inverse.blocks),
@@ -296,18 +296,18 @@ def plan_inverse(inverse: Inverse) -> tuple[Launch, Launch, Launch]:
     }  # fmt: skip
     count = plan.launch(list_kernels.select_attention_count, items, arguments, {**constexprs, "BG": GROUP}, config)
 
-    config = plan.config(PLACE)
     places = {"places": inverse.places, "parts": inverse.parts}
     arguments = {"counts": inverse.counts, **places, "most": inverse.most, "n_rows": inverse.rows}
-    in_one = {"PARTS": PARTS, "BO": config.tiles["BO"]}
-    place = plan.launch(list_kernels.select_attention_place, 1, arguments, in_one, config)
+    one = plan.config(PLACE)
+    place = plan.launch(
+        list_kernels.select_attention_place, 1, arguments, {"PARTS": PARTS, "BO": one.tiles["BO"]}, one
+    )  # fmt: skip
 
     arguments = {
         "union": plan.union, "groups": inverse.groups, "before": inverse.before, **places, "entries": inverse.entries,
         "rows": inverse.part_rows, **sizes,
     }  # fmt: skip
     constexprs["PACK"] = plan.pack
-    config = plan.config(COUNT)  # the same tiles as those of the numbers before them
     return count, place, plan.launch(list_kernels.select_attention_fill, items, arguments, constexprs, config)
 
 
