@@ -50,12 +50,30 @@ class Until:
         return time.monotonic() >= self.end or (self.settled and search.settled)
 
 
-def run(planned: Planned, search: Search, journal: Journal, workers: Workers, until: Until, told: Progress) -> None:
-    """Try candidates until none is left, or it is to end. What was begun is waited for."""
+def begin(planned: Planned, journal: Journal, told: Progress) -> Search:
+    """The search, with what the journal knows."""
+    search = planned.search()
     for candidate, verdict in journal.verdicts.items():
         if search.has(candidate):
             search.hear(candidate, verdict)
     told.begin(planned.sweep, search, len(search.verdicts))
+    return search
+
+
+def finish(
+    planned: Planned, search: Search, journal: Journal, workers: Workers, until: Until, told: Progress
+) -> dict[Candidate, float]:
+    """Run the search to its end, and return the final times. Those of what is measured again may make another candidate
+    the best; then it has to settle there."""
+    while True:
+        run(planned, search, journal, workers, until, told)
+        times = _final_times(planned, search)
+        if not until.settled or search.best is None or until.reached(search):
+            return times
+
+
+def run(planned: Planned, search: Search, journal: Journal, workers: Workers, until: Until, told: Progress) -> None:
+    """Try candidates until none is left, or it is to end. What was begun is waited for."""
     running: dict[Future[Verdict], Candidate] = {}
     while True:
         while len(running) < workers.size and not until.reached(search):
@@ -93,9 +111,8 @@ def _result(future: Future[Verdict]) -> Verdict:
         ) from error
 
 
-def conclude(planned: Planned, search: Search, journal: Journal) -> Result:
+def conclude(planned: Planned, search: Search, journal: Journal, times: Mapping[Candidate, float]) -> Result:
     """The best candidate that the gate lets pass, if it is clearly better than the default."""
-    times = _final_times(planned, search)
     ranked = sorted(times, key=lambda one: times[one] / (MARGIN if one == planned.default else 1))
     refused: dict[Candidate, str] = {}
     best = None
@@ -200,14 +217,14 @@ def tune(
             now = time.monotonic()
             until = Until(now + (end - now) / (len(wanted) - number), settled)
             planned = plan(sweep)
-            search = planned.search()
             with planned.journal(fresh=fresh) as journal:
+                search = begin(planned, journal, told)
                 interrupted = False
                 try:
-                    run(planned, search, journal, teams[simulated], until, told)
+                    times = finish(planned, search, journal, teams[simulated], until, told)
                 except KeyboardInterrupt:
-                    interrupted = True
-                results.append(output.keep(planned, search, conclude(planned, search, journal)))
+                    interrupted, times = True, _final_times(planned, search)
+                results.append(output.keep(planned, search, conclude(planned, search, journal, times)))
             if interrupted:
                 raise Interrupted(results)
     return results

@@ -568,6 +568,15 @@ def test_it_ends_when_settled_if_that_is_enough(tmp_path, rank):
     assert searched(tmp_path).left == 0
 
 
+def test_where_measuring_again_makes_another_the_best_it_settles_there(tmp_path, rank, monkeypatch):
+    rank(lambda one: timed(1000.0 - dict(one.tiles)["BD"]))  # the default seems best, next to the one of 64
+    monkeypatch.setattr(tune, "evaluate", lambda sweep, one: smaller_is_better(one))
+    told, sweep = Told(), tiny_sweep(chips=[("cpu", None)])
+    (result,) = tune.tune([sweep], Output(tmp_path / "configs"), told, settled=True)
+    assert (result.best, result.settled, result.left) == (SMALLEST, True, 0)
+    assert told.known == [0], "it went on, and did not begin again"
+
+
 KILLED = """
 import sys
 from pathlib import Path
