@@ -59,6 +59,7 @@ class Planned:
     sweep: Sweep
     asked: Asked
     default: Candidate
+    twin: Candidate  # sizes that launch the same; the default's own may be cut
     tiles: tuple[Candidate, ...]
     candidates: int  # before arithmetic
     identity: Mapping[str, Any]
@@ -68,7 +69,7 @@ class Planned:
         _, place, space = workload_of(self.sweep)
         kind = place.target.kind
         early = winners(space, self.sweep.family, kind, dict(self.asked.key))
-        return Search(self.default, self.tiles, space.options(kind), early)
+        return Search(self.default, self.tiles, space.options(kind), early, self.twin)
 
     def journal(self, *, fresh: bool = False) -> Journal:
         return Journal(journal_path(self.sweep, self.identity), self.identity, fresh=fresh)
@@ -126,7 +127,8 @@ def plan(sweep: Sweep) -> Planned:
         "nsa_triton": nsa_triton.__version__, **place.versions(),
         "chip": simulated_like(sweep.chip) if place.simulated else sweep.chip,
     }  # fmt: skip
-    return Planned(sweep, mine, default, tuple(_worth_trying(sweep, default, tiles)), len(tiles), identity, source)
+    twin, others = _compared(sweep, default, tiles)
+    return Planned(sweep, mine, default, twin, others, len(tiles), identity, source)
 
 
 def default_of(sweep: Sweep) -> Candidate:
@@ -146,15 +148,19 @@ def _host(simulated: bool) -> str:
     return "" if simulated else platform.node()
 
 
-def _worth_trying(sweep: Sweep, default: Candidate, tiles: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Those that arithmetic lets pass, and that launch something else than those before them."""
-    seen = {_fingerprints(timed_launches(sweep, choices(sweep, default)))}
+def _compared(sweep: Sweep, default: Candidate, tiles: Iterable[Candidate]) -> tuple[Candidate, tuple[Candidate, ...]]:
+    """The first that launches the same as the default; and those that arithmetic lets pass, and that launch something
+    else than it and those before them."""
+    of_default = _fingerprints(timed_launches(sweep, choices(sweep, default)))
+    twin, others = default, {}
     for candidate in tiles:
         launches = timed_launches(sweep, choices(sweep, candidate))
         found = _fingerprints(launches)
-        if found not in seen and not refusal(sweep, launches):
-            seen.add(found)
-            yield candidate
+        if found == of_default:
+            twin = candidate if twin is default else twin
+        elif found not in others and not refusal(sweep, launches):
+            others[found] = candidate
+    return twin, tuple(others.values())
 
 
 def _fingerprints(launches: Iterable[Launch]) -> tuple[Any, ...]:

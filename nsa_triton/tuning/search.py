@@ -19,7 +19,10 @@ FINALISTS = 3  # tiles with which options are tried at last
 
 class Search:
     """`default`, then `early`, then all of `tiles` and options. Verdicts that are known already are handed in by
-    `hear`."""
+    `hear`.
+
+    `twin` has the sizes of the grid that launch the same as the default, where its own are cut (columns of a head).
+    """
 
     def __init__(
         self,
@@ -27,13 +30,14 @@ class Search:
         tiles: Sequence[Candidate],
         options: Sequence[Options],
         early: Sequence[Candidate] = (),
+        twin: Candidate | None = None,
     ) -> None:
-        self.default = default
+        self.default, self._twin = default, twin or default
         self.options = options
         self.verdicts: dict[Candidate, Verdict] = {}
         self._tiles = list(dict.fromkeys((default, *tiles)))
         self._begun: set[Candidate] = set()
-        self._grid = _grid(self._tiles)
+        self._grid = _grid([self._twin, *tiles])
         self._early = [default, *(candidate for candidate in early if self.has(candidate))]
 
     @property
@@ -118,8 +122,11 @@ class Search:
 
     def _distance(self, one: Candidate, other: Candidate) -> int:
         """Steps in the grid of sizes."""
-        sizes = dict(other.tiles)
-        return sum(abs(self._grid[name][size] - self._grid[name][sizes[name]]) for name, size in one.tiles)
+        sizes = dict(self._sizes(other))
+        return sum(abs(self._grid[name][size] - self._grid[name][sizes[name]]) for name, size in self._sizes(one))
+
+    def _sizes(self, one: Candidate) -> tuple[tuple[str, int], ...]:
+        return (self._twin if one.tiles == self.default.tiles else one).tiles
 
 
 def _grid(tiles: Sequence[Candidate]) -> Mapping[str, Mapping[int, int]]:

@@ -47,6 +47,18 @@ def test_an_early_stop_has_the_best_already():
     assert search.best == candidate({"unit_flag": True}, BQ=64, BN=96)
 
 
+def test_neighbours_of_a_default_whose_sizes_are_cut_are_those_of_its_twin():
+    """As 256 columns are where a head has 64: no candidate has so many."""
+    default, twin = candidate(BT=64, BD=256), candidate(BT=64, BD=64)
+    tiles = [candidate(BT=rows, BD=columns) for rows in (32, 64, 128) for columns in (32, 64)]
+    search = Search(default, [one for one in tiles if one != twin], ({},), twin=twin)
+    search.hear(default, timed(1.0))
+    assert not search.settled
+    tried = order(search, lambda _: timed(2.0), most=4)  # one of them is far from the default
+    assert {candidate(BT=32, BD=64), candidate(BT=128, BD=64), candidate(BT=64, BD=32)} < set(tried)
+    assert search.settled
+
+
 def test_it_is_settled_once_all_around_the_best_is_known():
     search = Search(DEFAULT, GRID, OPTIONS)
     assert not search.settled
