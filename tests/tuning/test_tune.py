@@ -121,6 +121,7 @@ def test_the_default_is_that_of_the_files_and_equal_launches_are_tried_once():
     assert dict(planned.default.tiles) == {"BD": 512}
     # Wider ones are cut to the 64 columns of a head, as the default's are.
     assert {dict(one.tiles)["BD"] for one in planned.tiles} == {16, 32, 48}
+    assert planned.twin == candidate(BD=64)
     assert dict(planned.asked.key) == {"itemsize": 2, "head_dim": 64, "piece": 16, "compiler": planned.sweep.compiler}
 
 
