@@ -155,7 +155,8 @@ def _tuned() -> str:
             evidence, work = entry["evidence"], entry["evidence"]["workload"]
             compiler = f"ascendnpu-ir {entry['key']['compiler']}" if "compiler" in entry["key"] else ""
             call = (file.stem, entry["kernel"], f"{work['shape']}, {work['tokens']} tokens, {work['dtype']}", compiler)
-            found.setdefault(call, {})[target] = f"{evidence['default_us'] / evidence['us']:.2f}"
+            ratio = f"{evidence['default_us'] / evidence['us']:.2f}" if evidence["default_us"] else "∞"
+            found.setdefault(call, {})[target] = ratio
     columns = sorted(targets)
     rows = [(*call, *(ratios.get(target, "–") for target in columns)) for call, ratios in sorted(found.items())]
     return markdown(("op", "kernel", "tuned for", "compiler", *columns), rows)
