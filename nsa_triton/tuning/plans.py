@@ -24,6 +24,8 @@ from nsa_triton.tuning.sweep import Candidate, Sweep
 from nsa_triton.tuning.timing import Place, place_named, simulated_like
 from nsa_triton.workloads import OPS, Shape, workload
 
+Fingerprints = tuple[Any, ...]  # of all launches that are timed
+
 
 @dataclass(frozen=True)
 class Request:
@@ -118,8 +120,8 @@ def plan(sweep: Sweep) -> Planned:
     (mine,) = (one for one in asked_for(work, place) if one.kernel == sweep.kernel)
     default = _candidate(default_config(mine, place.target), space, kind)
     tiles = [Candidate(tuple(tiles.items()), default.options) for tiles in space.candidates(kind)]
-    launches = [fingerprint(launch) for launch in timed_launches(sweep, choices(sweep, default))]
-    source = hashlib.sha256(repr(launches).encode()).hexdigest()[:12]
+    of_default = _fingerprints(timed_launches(sweep, choices(sweep, default)))
+    source = hashlib.sha256(repr(list(of_default)).encode()).hexdigest()[:12]
     identity = {
         "op": sweep.op, "kernel": sweep.kernel, "compiler": sweep.compiler,
         "shape": vars(sweep.shape), "tokens": sweep.tokens, "dtype": str(work.dtype), "batch": work.batch,
@@ -127,8 +129,9 @@ def plan(sweep: Sweep) -> Planned:
         "nsa_triton": nsa_triton.__version__, **place.versions(),
         "chip": simulated_like(sweep.chip) if place.simulated else sweep.chip,
     }  # fmt: skip
-    twin, others = _compared(sweep, default, tiles)
-    return Planned(sweep, mine, default, twin, others, len(tiles), identity, source)
+    different = _different(sweep, tiles, of_default)
+    twin = different.pop(of_default, default)
+    return Planned(sweep, mine, default, twin, tuple(different.values()), len(tiles), identity, source)
 
 
 def default_of(sweep: Sweep) -> Candidate:
@@ -148,22 +151,19 @@ def _host(simulated: bool) -> str:
     return "" if simulated else platform.node()
 
 
-def _compared(sweep: Sweep, default: Candidate, tiles: Iterable[Candidate]) -> tuple[Candidate, tuple[Candidate, ...]]:
-    """The first that launches the same as the default; and those that arithmetic lets pass, and that launch something
-    else than it and those before them."""
-    of_default = _fingerprints(timed_launches(sweep, choices(sweep, default)))
-    twin, others = default, {}
+def _different(sweep: Sweep, tiles: Iterable[Candidate], of_default: Fingerprints) -> dict[Fingerprints, Candidate]:
+    """The first of each that launch the same, by what they launch. Arithmetic lets them pass; the default is never
+    refused, and so neither are those like it."""
+    first: dict[Fingerprints, Candidate] = {}
     for candidate in tiles:
         launches = timed_launches(sweep, choices(sweep, candidate))
         found = _fingerprints(launches)
-        if found == of_default:
-            twin = candidate if twin is default else twin
-        elif found not in others and not refusal(sweep, launches):
-            others[found] = candidate
-    return twin, tuple(others.values())
+        if found not in first and (found == of_default or not refusal(sweep, launches)):
+            first[found] = candidate
+    return first
 
 
-def _fingerprints(launches: Iterable[Launch]) -> tuple[Any, ...]:
+def _fingerprints(launches: Iterable[Launch]) -> Fingerprints:
     return tuple(fingerprint(launch) for launch in launches)
 
 
