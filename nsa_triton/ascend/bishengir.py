@@ -11,7 +11,6 @@ import functools
 import os
 import re
 import shlex
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from nsa_triton.ascend.toolchain import Compiler, hivmc
-from nsa_triton.errors import ArgumentValueError, CompileError, ToolchainError
-
-TIMEOUT = 300.0  # seconds; a compile takes 0.1 to 0.5
+from nsa_triton.ascend.tools import run_tool
+from nsa_triton.errors import ArgumentValueError, ToolchainError
 
 _BOOL = (True, False)
 _COUNT = "an int of at least 1"
@@ -175,14 +173,3 @@ def generic_form(module: str, compiler: Compiler, *, optimized: bool = False) ->
     if run.returncode != 0:
         raise ToolchainError(f"bishengir-opt {compiler.version} cannot read its own compiler's module: {run.stderr}")
     return run.stdout
-
-
-def run_tool(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
-    tool = Path(command[0]).name
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, **more)
-    except subprocess.TimeoutExpired as error:
-        log = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr or "")
-        raise CompileError(f"{tool} did not end within {TIMEOUT:.0f} seconds", log) from error
-    except OSError as error:
-        raise ToolchainError(f"{command[0]} does not run: {error}") from error

@@ -7,7 +7,6 @@ stock lowering turns into slow scalar loops or library calls, to the loops of ho
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from nsa_triton.ascend.host_runtime import LIBM
 from nsa_triton.ascend.host_tiles import Tiles, VectorUnit
 from nsa_triton.ascend.lower import Lowered
 from nsa_triton.ascend.toolchain import compiler
+from nsa_triton.ascend.tools import run_tool
 from nsa_triton.errors import CompileError
 
 # No common subexpressions before bufferization: two operations that share one tensor.empty get one buffer and a copy.
@@ -169,7 +169,7 @@ def _opt(name: str, text: str, passes: Sequence[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="nsa_triton_") as folder:
         source = Path(folder, "kernel.mlir")
         source.write_text(text)
-        done = subprocess.run([compiler().opt, source, *passes], capture_output=True, text=True, check=False)
+        done = run_tool([str(compiler().opt), str(source), *passes])
     if done.returncode == 0:
         return done.stdout
     reason = next((line for line in done.stderr.splitlines() if "error:" in line), f"exit code {done.returncode}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nsa_triton.ascend.toolchain import front_end_problem, require
+from nsa_triton.ascend.tools import once_more
 from nsa_triton.errors import ArgumentTypeError, CompileError
 
 ARCH = "Ascend910B2"  # the front end makes the same module for every A2/A3 chip
@@ -79,7 +80,8 @@ def _linalg(spec: Specialization, line_info: bool) -> str:
     metadata = {"hash": spec.key(), "target": target, **options.__dict__}
     try:
         with _line_info(line_info):
-            return str(ttir_to_linalg(make_ttir(module, metadata, options), metadata, options, named_ops=True))
+            ttir = make_ttir(module, metadata, options)
+            return once_more("triton-adapter-opt", lambda: str(ttir_to_linalg(ttir, metadata, options, named_ops=True)))
     except subprocess.CalledProcessError as error:
         log = (error.stderr or b"").decode(errors="replace")
         died = f"triton-adapter-opt ended with status {error.returncode}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nsa_triton.ascend import bishengir
+from nsa_triton.ascend import bishengir, tools
 from nsa_triton.ascend.chips import CHIPS, chip
 from nsa_triton.ascend.compile import Job, compile_kernel, compile_many, final_module
 from nsa_triton.ascend.hivm_facts import module_facts
@@ -486,7 +486,7 @@ def test_a_hivmc_that_fails(compiler: Compiler, hivmc: Path) -> None:
 
 def test_timeout(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_kernel(spec("modulo", BLOCK=64), compiler=compiler)
-    monkeypatch.setattr(bishengir, "TIMEOUT", 0.001)
+    monkeypatch.setattr(tools, "TIMEOUT", 0.001)
     with pytest.raises(CompileError, match="bishengir-compile did not end within"):
         compile_kernel(spec("modulo", BLOCK=64), compiler=compiler)
     (report,) = compile_many([Job(spec("modulo", BLOCK=64), compiler=compiler)])
