@@ -22,7 +22,7 @@ from nsa_triton.runtime.executors.simulator import SimulatorExecutor
 from nsa_triton.runtime.simulation import simulating
 from nsa_triton.runtime.target import KIND_OF_DEVICE
 from nsa_triton.tuning.evaluation import evaluate, shape_to_time, workload_of
-from nsa_triton.tuning.planning import choosing
+from nsa_triton.tuning.planning import asked_for, choosing
 from nsa_triton.tuning.plans import default_of
 from nsa_triton.tuning.sweep import Candidate, Sweep, Verdict
 from nsa_triton.tuning.timing import place_named
@@ -37,6 +37,8 @@ def slower_when_longer(sweep: Sweep, candidate: Candidate) -> str:
     if place.target.kind == "cpu":
         return ""
     longer = replace(sweep, tokens=tokens, shape=shape_to_time(sweep.op, sweep.shape, tokens, place))
+    if sweep.kernel not in (asked.kernel for asked in asked_for(*workload_of(longer)[:2])):
+        return ""  # sum_parts: so long a sequence keeps all cores busy without being cut into parts
     ours, default = evaluate(longer, candidate), _of_default(longer)
     if ours.us is None:
         return f"{ours.verdict} at {longer.tokens} tokens: {ours.why}"

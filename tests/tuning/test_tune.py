@@ -412,6 +412,14 @@ def test_what_wins_at_one_length_must_not_lose_at_a_longer_one(monkeypatch):
     gate._of_default.cache_clear()
 
 
+def test_a_kernel_that_a_longer_call_does_not_launch_cannot_lose_there(monkeypatch):
+    """Sums of parts: enough tokens keep all cores busy without being cut into parts."""
+    request = plans.Request(["sliding_window_attention"], [(CHIP, None)], [SHAPES["paper"]], [4096], ["sum_parts"])
+    (sweep,) = plans.sweeps(request)
+    monkeypatch.setattr(gate, "evaluate", lambda of, one: pytest.fail("there is nothing to time"))
+    assert slower_when_longer(sweep, candidate(BP=16, BE=64)) == ""
+
+
 def test_the_unified_buffer_is_filled_to_the_limit_only():
     """256 tokens of 192 columns take more than 80 % of it."""
     request = plans.Request(["nsa_compress"], [(CHIP, None)], [replace(TINY, key_dim=192)], [512])
