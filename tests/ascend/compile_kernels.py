@@ -48,6 +48,30 @@ def attention(q, k, v, o, table, scale, n_steps, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
+def scaled_product(a, b, c, rows, columns, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WITH: tl.constexpr):
+    """Vector work on a product, whose rows a compiler may share out among the two vector cores of a cube core."""
+    o_m, o_n, o_k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    b_a = tl.load(a + o_m[:, None] * K + o_k[None, :])
+    b_c = tl.dot(b_a, tl.load(b + o_k[:, None] * N + o_n[None, :])) * 0.5
+    if WITH == "a number for each row":
+        b_c += tl.load(rows + o_m)[:, None]
+    if WITH == "a number for each column":
+        b_c += tl.load(columns + o_n)[None, :]
+    if WITH == "a select":
+        b_c = tl.where(b_c < n, b_c, 0.0)
+    if WITH == "a branch":  # noqa: SIM102 (known when the kernel is compiled, the other one when it runs)
+        if n > 1:
+            b_c = tl.where(b_c < n, b_c, 0.0)
+    if WITH == "a sum of each row":
+        tl.store(rows + o_m, tl.sum(b_c, 1))
+    p_c = c + o_m[:, None] * N + o_n[None, :]
+    if WITH == "a mask of rows":
+        tl.store(p_c, b_c, mask=(o_m < n)[:, None])
+    else:
+        tl.store(p_c, b_c)
+
+
+@triton.jit
 def modulo(x, y, n, BLOCK: tl.constexpr):
     """`%` of an int tile has no vector instruction: the compiler loops over the elements."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -31,6 +31,7 @@ NEW, OLD = "1.2.0", "1.0.0"
 SIGNATURES = {
     "add": {"x": "*fp32", "y": "*fp32", "z": "*fp32", "n": "i32"},
     "product": {"a": "*bf16", "b": "*bf16", "c": "*fp32"},
+    "scaled_product": {"a": "*bf16", "b": "*bf16", **dict.fromkeys(["c", "rows", "columns"], "*fp32"), "n": "i32"},
     "attention": {**dict.fromkeys("qkvo", "*bf16"), "table": "*i32", "scale": "fp32", "n_steps": "i32"},
     "modulo": {"x": "*i32", "y": "*i32", "n": "i32"},
     "compare_int64": {"x": "*i64", "y": "*fp32"},
@@ -49,7 +50,7 @@ SIGNATURES = {
 }
 
 
-def spec(name: str, **constexprs: int) -> Specialization:
+def spec(name: str, **constexprs: int | str) -> Specialization:
     if FRONT_END is not None:
         pytest.skip(f"needs triton-ascend: {FRONT_END}")
     return Specialization(getattr(kernels, name), SIGNATURES[name], constexprs)
@@ -451,6 +452,36 @@ def test_keep(compiler: Compiler, tmp_path: Path) -> None:
     compile_kernel(spec("add", BLOCK=32768), compiler=compiler, keep=tmp_path)
     failed = next(path for path in tmp_path.iterdir() if path.name.startswith("add-"))
     assert "overflow" in (failed / "compiler.log").read_text()
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize(
+    ("work", "shared_by_old"),
+    [
+        ("nothing more", True),
+        ("a sum of each row", True),
+        ("a number for each column", True),
+        ("a select", True),
+        ("a number for each row", False),
+        ("a branch", False),
+        ("a mask of rows", False),
+    ],
+)
+def test_which_vector_work_the_compilers_share_out(work: str, shared_by_old: bool, version: str) -> None:
+    """Each of the two vector cores then has half of the rows, and half of the tile in its unified buffer. 1.0.0 gives
+    all rows to both where it cannot; what docs/kernels.md says of its tiles rests on this."""
+    used = [
+        compile_kernel(
+            spec("scaled_product", M=128, N=64, K=64, WITH=work),
+            compiler=found(version),
+            options={"enable_auto_bind_sub_block": share},
+        ).ub_percent
+        for share in (True, False)
+    ]
+    if version == NEW or shared_by_old:
+        assert used[0] == pytest.approx(used[1] / 2, rel=0.02)
+    else:
+        assert used[0] == used[1]
 
 
 @pytest.fixture
